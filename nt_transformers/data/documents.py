@@ -1,0 +1,249 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Documents of a text corpus, from the hub or from local shards in C4's form.
+
+Local shards are read here rather than by the loaders of `datasets`: those cast every column of every shard to the first
+one's schema (C4's `timestamp` is enough to break it), and name neither the file nor the line of a damaged record.
+"""
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Documents = datasets.Dataset | datasets.IterableDataset
+
+JSON_ENDINGS = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
+SHARD_ENDINGS = (*JSON_ENDINGS, ".parquet", ".arrow")
+
+
+@dataclass
+class TextDataConfig:
+    """Which text a language model trains on, and how it is cut into sequences.
+
+    Args:
+        train: Training documents: a data set id of the hub, or a local file, folder or glob of JSON lines (`*.json.gz`
+            as in C4, `*.jsonl`, `*.json`), `*.parquet` or `*.arrow`. A folder with a subfolder `train` stands for that.
+        name: Configuration of the hub's data set; local files have none.
+        validation: Held-out documents, in the same forms. Default: the split `validation` of `train`.
+        text_column: Column or JSON field that holds the text.
+        streaming: Read documents in the order of the shards, which are shuffled every epoch, instead of shuffling all
+            documents. Default: the hub is streamed; local files are memory-mapped and fully shuffled.
+        tokenizer: Tokenizer, a hub id or a local folder. Its size must equal the model's `vocab_size`.
+        sequence_length: Tokens in a sequence.
+        packing: Join documents and cut them into full sequences, instead of truncating or padding each document.
+        eval_tokens: Predicted tokens of the held-out documents on which an evaluation runs (the first so many).
+        num_workers: Background processes that tokenize ahead of the training step, 0 (none) or 1.
+    """
+
+    train: str = "allenai/c4"
+    name: str | None = "en"
+    validation: str | None = None
+    text_column: str = "text"
+    streaming: bool | None = None
+    tokenizer: str = "hf-internal-testing/llama-tokenizer"
+    sequence_length: int = 256
+    packing: bool = False
+    eval_tokens: int = 10_000_000
+    num_workers: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("train", "text_column", "tokenizer"):
+            if not getattr(self, field):
+                raise ValueError(f"data.{field} is empty: name one.")
+        if self.sequence_length < 2:
+            raise ValueError(f"data.sequence_length is {self.sequence_length}: predicting a token takes at least 2.")
+        if self.eval_tokens < 1:
+            raise ValueError(f"data.eval_tokens is {self.eval_tokens}: an evaluation needs at least 1.")
+        if self.num_workers not in (0, 1):
+            raise ValueError(f"data.num_workers is {self.num_workers}: choose 0 (in the training process) or 1.")
+
+    def load(self, split: str) -> Documents:
+        """Load the documents of `split`, "train" or "validation"; errors as for `load_documents`."""
+        source = self.train
+        if split == "validation":
+            if self.validation is not None:
+                source = self.validation
+            elif _is_local(source) and not (Path(source).expanduser() / split).is_dir():
+                raise ValueError(
+                    f"data.validation is not set and data.train = {source!r} has no folder {split!r}: "
+                    "set data.validation to the held-out documents."
+                )
+        return load_documents(
+            source, split, name=self.name, text_column=self.text_column, streaming=self.streaming
+        )
+
+
+def load_documents(
+    source: str,
+    split: str = "train",
+    *,
+    name: str | None = None,
+    text_column: str = "text",
+    streaming: bool | None = None,
+) -> Documents:
+    """Load documents as a data set with the single column `text`.
+
+    Args:
+        source: A data set id of the hub, or a local file, folder or glob of shards.
+        split: The hub's split, or the subfolder to read if the local folder has one of that name.
+        name: Configuration of the hub's data set.
+        text_column: Column or JSON field that holds the text.
+        streaming: True for an `IterableDataset`, False for a memory-mapped `Dataset`; None streams the hub only.
+
+    Raises:
+        ValueError: nothing to read at `source`, shards of several formats, a shard without `text_column`, a damaged
+            shard (with file and line), a corpus without documents.
+    """
+    if not _is_local(source):
+        return _load_hub(source, name, split, text_column, streaming is not False)
+    paths = _find_shards(source, split)
+    if not any([_has_documents(path, text_column) for path in paths]):
+        raise ValueError(f"data: the corpus {source!r} is empty: its {len(paths)} files hold no document.")
+    features = datasets.Features({"text": datasets.Value("string")})
+    # Sizes and times are there for the fingerprint under which `datasets` caches: changed shards are read again.
+    shards = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    options = {"features": features, "gen_kwargs": {"shards": shards, "text_column": text_column}}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_read_shards, **options)
+    try:
+        return datasets.Dataset.from_generator(_read_shards, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def _is_local(source: str) -> bool:
+    looks_local = source.startswith((".", "/", "~")) or source.endswith(SHARD_ENDINGS) or glob.has_magic(source)
+    return looks_local or Path(source).exists()
+
+
+def _load_hub(source: str, name: str | None, split: str, text_column: str, streaming: bool) -> Documents:
+    try:
+        documents = datasets.load_dataset(source, name, split=split, streaming=streaming)
+        columns = documents.column_names or list(next(iter(documents), {}))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data: cannot load {source!r} (configuration {name!r}, split {split!r}): it is not a local path, and the "
+            f"hub answers: {error}. Check the name and the connection, or name local files."
+        ) from error
+    if not columns:
+        raise ValueError(f"data: split {split!r} of {source!r} is empty.")
+    _check_column(text_column, columns, source)
+    return documents.select_columns([text_column]).rename_columns(
+        {text_column: "text"} if text_column != "text" else {}
+    )
+
+
+def _find_shards(source: str, split: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / split if (path / split).is_dir() else path
+        candidates = list(path.iterdir())
+    else:
+        candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    shards = sorted(c for c in candidates if c.is_file() and c.name.endswith(SHARD_ENDINGS))
+    if not shards:
+        raise ValueError(
+            f"data: no files to read at {str(path)!r}: expected a file, a folder or a glob of files ending in "
+            f"{', '.join(SHARD_ENDINGS)}."
+        )
+    formats = {"json" if shard.name.endswith(JSON_ENDINGS) else shard.suffix[1:] for shard in shards}
+    if len(formats) > 1:
+        raise ValueError(
+            f"data: {str(path)!r} holds files of several formats ({', '.join(sorted(formats))}): "
+            "name those of one, for example by a glob."
+        )
+    return shards
+
+
+def _has_documents(path: Path, text_column: str) -> bool:
+    return next(_read_shard(str(path), text_column), None) is not None
+
+
+def _read_shards(shards: list[tuple[str, int, int]], text_column: str) -> Iterator[dict[str, str]]:
+    for path, _, _ in shards:
+        for text in _read_shard(path, text_column):
+            yield {"text": text}
+
+
+def _read_shard(path: str, text_column: str) -> Iterator[str]:
+    return (_read_json if path.endswith(JSON_ENDINGS) else _read_table)(path, text_column)
+
+
+def _read_json(path: str, text_column: str) -> Iterator[str]:
+    number = 0
+    try:
+        # Bytes, because a text reader decodes ahead and would put a wrong encoding down to an earlier line.
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.isspace():
+                    yield _text_of(json.loads(line.decode()), text_column, f"{path}, line {number}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"data: {path}, line {number} is not JSON in UTF-8 ({error}): repair or remove it.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"data: {path} is damaged after line {number} ({error}): fetch it again.") from error
+
+
+def _text_of(record: object, text_column: str, place: str) -> str:
+    if not isinstance(record, dict):
+        raise ValueError(f"data: {place} is not a JSON object: expected one object a line.")
+    _check_column(text_column, list(record), place)
+    text = record[text_column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"data: {place}: {text_column!r} is not text but {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"data: {place}: {text_column!r} is not valid Unicode ({error}).") from error
+    return text
+
+
+def _read_table(path: str, text_column: str) -> Iterator[str]:
+    try:
+        for batch in _record_batches(path, text_column):
+            yield from (text or "" for text in batch.column(text_column).to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"data: {path} is damaged ({error}): fetch it again.") from error
+
+
+def _record_batches(path: str, text_column: str) -> Iterator[pa.RecordBatch]:
+    """Batches that hold the text column, of a parquet file or of an arrow file in either of its two formats."""
+    if path.endswith(".parquet"):
+        with pq.ParquetFile(path) as file:
+            _check_schema(file.schema_arrow, text_column, path)
+            yield from file.iter_batches(columns=[text_column])
+        return
+    with pa.memory_map(path) as memory:
+        is_file_format = memory.read(6) == b"ARROW1"
+        memory.seek(0)
+        with pa.ipc.open_file(memory) if is_file_format else pa.ipc.open_stream(memory) as reader:
+            _check_schema(reader.schema, text_column, path)
+            if is_file_format:
+                yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                yield from reader
+
+
+def _check_schema(schema: pa.Schema, text_column: str, path: str) -> None:
+    _check_column(text_column, schema.names, path)
+    kind = schema.field(text_column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise ValueError(f"data: {path}: column {text_column!r} is not text but {kind}.")
+
+
+def _check_column(text_column: str, columns: list[str], place: str) -> None:
+    if text_column not in columns:
+        raise ValueError(
+            f"data: {place} has no column {text_column!r} (it has {', '.join(map(repr, columns)) or 'none'}): "
+            "set data.text_column."
+        )

@@ -1,0 +1,459 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""LLaMA with ensemble heads: one backbone, M independent stacks of upper layers, one vote.
+
+- The whole family by config: single network (M = 1), TreeNet, full ensemble (no backbone, M embeddings).
+- The vote is returned as logits: a later softmax gives the mean probability, so generation needs no change.
+- `skip_logits=True` trains without ever holding [batch, seq, vocab]: output layer and cross-entropy are fused.
+- A file that travels with a checkpoint: it imports torch, transformers and its configuration only.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
+
+
+# Each chunk of the fused loss passes over the whole weight gradient; fewer tokens would make that pass dominate.
+_TOKENS_PER_CHUNK = 512
+
+
+@dataclass
+class NeuroTrailsModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of the base model.
+
+    `last_hidden_state` [batch, seq, hidden] is the mean over active heads; `head_hidden_states` [active heads, batch,
+    seq, hidden] are the heads' own, after their final norms. `hidden_states` and `attentions` list the backbone's
+    layers, then those of each active head; as in LLaMA the last of `hidden_states` is `last_hidden_state`.
+    """
+
+    head_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class NeuroTrailsCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of the language model.
+
+    `loss` is the mean of `head_losses` [active heads], each a head's own cross-entropy in nats. `logits` [batch, seq,
+    vocab] are the vote's, `head_logits` [active heads, batch, seq, vocab] the heads' own. The fields beyond LLaMA's
+    come last, so that tuples begin as LLaMA's do.
+    """
+
+    head_losses: torch.Tensor | None = None
+    head_logits: torch.Tensor | None = None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear layer without bias, summed over tokens, holding one chunk of logits at a time.
+
+    Takes hidden states [tokens, hidden], weight [vocab, hidden] and targets [tokens]; returns a float32 scalar. The
+    forward pass also computes the gradients, in the chunk's own buffer; the backward pass scales them. Like a linear
+    layer it multiplies in the autocast dtype; softmax, loss and weight gradient are float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
+    ) -> torch.Tensor:
+        device = hidden_states.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        matrix = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden_states) if needs_grad and ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if needs_grad and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
+        loss = torch.zeros((), dtype=torch.float32, device=device)
+
+        for start in range(0, len(targets), _TOKENS_PER_CHUNK):
+            chunk = slice(start, start + _TOKENS_PER_CHUNK)
+            hidden, target = hidden_states[chunk].to(dtype), targets[chunk, None]
+            log_probs = torch.log_softmax(hidden @ matrix.T, -1, dtype=torch.float32)
+            loss -= log_probs.gather(1, target).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = log_probs.exp_().scatter_add_(1, target, log_probs.new_full(target.shape, -1.0)).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad_logits @ matrix
+            if grad_weight is not None and grad_weight.dtype == dtype:
+                grad_weight.addmm_(grad_logits.T, hidden)
+            elif grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden
+
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # In place: the weight gradient is as large as the output layer.
+        grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
+
+
+def fused_causal_lm_losses(
+    hidden_states: Sequence[torch.Tensor] | torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """transformers' causal LM loss of every head's linear output layer, without the logits.
+
+    Args:
+        hidden_states: [batch, seq, hidden] for each head.
+        weights: [vocab, hidden] for each head.
+        labels: [batch, seq]; position t is scored with label t + 1, unless `shift_labels` are given.
+        num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+
+    Returns:
+        [heads], in nats, float32.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    targets = shift_labels.flatten().to(hidden_states[0].device)
+    positions = (targets != ignore_index).nonzero().squeeze(1)
+    targets = targets[positions]
+    sums = [
+        _LinearCrossEntropy.apply(hidden.flatten(0, 1)[positions], weight, targets, torch.is_grad_enabled())
+        for hidden, weight in zip(hidden_states, weights, strict=True)
+    ]
+    return torch.stack(sums) / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
+    """The running vote, in float32, with one more head's logits [..., vocab]; heads need not be alive together."""
+    if vote == "probs":
+        log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
+        return log_probs if tally is None else torch.logaddexp(tally, log_probs)
+    return logits.float() if tally is None else tally + logits
+
+
+def _close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
+    """The log of the mean probability, or the mean logits, [..., vocab]."""
+    return tally - math.log(num_votes) if vote == "probs" else tally / num_votes
+
+
+def _run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    for layer in layers:
+        hidden_states = layer(hidden_states, **kwargs)
+    return hidden_states
+
+
+class NeuroTrailsLlamaHead(nn.Module):
+    """The upper decoder layers and final norm of one ensemble head; its own embeddings where there is no backbone."""
+
+    embed_tokens: nn.Embedding
+
+    def __init__(self, config: NeuroTrailsLlamaConfig) -> None:
+        super().__init__()
+        if config.num_backbone_layers == 0:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # The model numbers the layers when it chooses the active heads.
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer_idx=0) for _ in range(config.num_head_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """[batch, seq, hidden] to the same shape, normed."""
+        return self.norm(_run_layers(self.layers, hidden_states, **kwargs))
+
+
+class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """Names the configuration class to transformers."""
+
+    config: NeuroTrailsLlamaConfig
+
+
+class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
+    """LLaMA's decoder with its upper layers built once for each ensemble head."""
+
+    embed_tokens: nn.Embedding
+
+    def __init__(self, config: NeuroTrailsLlamaConfig) -> None:
+        super().__init__(config)
+        if config.num_backbone_layers > 0:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_backbone_layers))
+        self.heads = nn.ModuleList(NeuroTrailsLlamaHead(config) for _ in range(config.num_ensemble_heads))
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.active_heads = config.num_ensemble_heads
+        self.post_init()
+
+    @property
+    def active_heads(self) -> list[int]:
+        """Indices of the heads that run and vote; the others cost nothing.
+
+        Set it to an int k for the first k heads, or to a list of indices. A key-value cache belongs to the heads that
+        filled it: start a new one after a change.
+
+        Raises:
+            ValueError: when set to no head, to a head that does not exist, or to one head twice.
+        """
+        return list(self._active_heads)
+
+    @active_heads.setter
+    def active_heads(self, value: int | Sequence[int]) -> None:
+        heads = list(range(value)) if isinstance(value, int) else list(value)
+        if not heads or len(set(heads)) < len(heads) or not set(heads) <= set(range(len(self.heads))):
+            raise ValueError(
+                f"active_heads={value!r}: this model has {len(self.heads)} heads; give how many of them to use (1 to "
+                f"{len(self.heads)}), or a list of different indices from 0 to {len(self.heads) - 1}."
+            )
+        self._active_heads = heads
+        # Cache slots are packed in the order of the active heads: a cache reads its length from its first slot.
+        active_layers = (layer for head in self._running_heads() for layer in head.layers)
+        for slot, layer in enumerate(active_layers, start=self.config.num_backbone_layers):
+            cast(LlamaDecoderLayer, layer).self_attn.layer_idx = slot
+
+    def _running_heads(self) -> list[NeuroTrailsLlamaHead]:
+        return [cast(NeuroTrailsLlamaHead, self.heads[m]) for m in self._active_heads]
+
+    def _embedding_owners(self) -> list[Any]:
+        return [self] if self.config.num_backbone_layers > 0 else list(self.heads)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embeddings; without a backbone those of the first head."""
+        return self._embedding_owners()[0].embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embeddings; without a backbone the first head takes `value`, the others copies."""
+        for m, owner in enumerate(self._embedding_owners()):
+            owner.embed_tokens = value if m == 0 else copy.deepcopy(value)
+
+    def _resize_token_embeddings(
+        self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        for owner in self._embedding_owners():
+            old = owner.embed_tokens
+            new = self._get_resized_embeddings(old, new_num_tokens, pad_to_multiple_of, mean_resizing)
+            owner.embed_tokens = new.requires_grad_(old.weight.requires_grad)
+        return self.get_input_embeddings()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> NeuroTrailsModelOutputWithPast:
+        """As `LlamaModel.forward`, for the backbone and every active head.
+
+        Args:
+            input_ids: [batch, seq], or `inputs_embeds` [batch, seq, hidden] instead (then for all heads alike).
+            attention_mask: [batch, past + seq], 1 for tokens and 0 for padding.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids and inputs_embeds: give exactly one of the two.")
+        heads = self._running_heads()
+        if inputs_embeds is not None:
+            embeds = [inputs_embeds]
+        elif self.config.num_backbone_layers > 0:
+            embeds = [self.embed_tokens(input_ids)]
+        else:
+            embeds = [head.embed_tokens(input_ids) for head in heads]
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(embeds[0].shape[1], device=embeds[0].device) + past_length
+            position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeds[0],
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        layer_kwargs = {
+            "attention_mask": causal_mask,
+            "position_embeddings": self.rotary_emb(embeds[0], position_ids=position_ids),
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        # One stem for all heads, or one for each where nothing is shared.
+        stems = [_run_layers(self.layers, embed, **layer_kwargs) for embed in embeds]
+        stems *= len(heads) // len(stems)
+        head_hidden_states = torch.stack([head(stem, **layer_kwargs) for head, stem in zip(heads, stems, strict=True)])
+        return NeuroTrailsModelOutputWithPast(
+            last_hidden_state=head_hidden_states.mean(0),
+            past_key_values=past_key_values,
+            head_hidden_states=head_hidden_states,
+        )
+
+
+class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMixin):
+    """`NeuroTrailsLlamaModel` with an output layer for each head; predicts by vote."""
+
+    _tied_weights_keys = {r"lm_heads\.\d+\.weight": r"model\.(heads\.\d+\.)?embed_tokens\.weight"}
+
+    def __init__(self, config: NeuroTrailsLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = NeuroTrailsLlamaModel(config)
+        self.lm_heads = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(config.num_ensemble_heads)
+        )
+        self.post_init()
+
+    @property
+    def active_heads(self) -> list[int]:
+        """See `NeuroTrailsLlamaModel.active_heads`."""
+        return self.model.active_heads
+
+    @active_heads.setter
+    def active_heads(self, value: int | Sequence[int]) -> None:
+        self.model.active_heads = value
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """See `NeuroTrailsLlamaModel.get_input_embeddings`."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """See `NeuroTrailsLlamaModel.set_input_embeddings`."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer of the first head."""
+        return self.lm_heads[0]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces every head's output layer: the first head takes the module itself, the others copies."""
+        for m in range(len(self.lm_heads)):
+            self.lm_heads[m] = new_embeddings if m == 0 else copy.deepcopy(new_embeddings)
+
+    def _resize_token_embeddings(
+        self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        embeddings = self.model._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for m, lm_head in enumerate(self.lm_heads):
+            old = cast(nn.Linear, lm_head)
+            new = self._get_resized_lm_head(old, embeddings.num_embeddings, mean_resizing=mean_resizing)
+            self.lm_heads[m] = new.requires_grad_(old.weight.requires_grad)
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_head_logits: bool = False,
+        skip_logits: bool = False,
+        **kwargs: Any,
+    ) -> NeuroTrailsCausalLMOutputWithPast:
+        """As `LlamaForCausalLM.forward`, with the vote in `logits`.
+
+        Args:
+            labels: [batch, seq]; the loss is the mean over active heads of each head's own cross-entropy.
+            output_head_logits: also return every active head's logits.
+            skip_logits: return losses but no logits, which saves time and memory in training.
+
+        Raises:
+            ValueError: `skip_logits` without `labels`, or with an option that asks for logits.
+        """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True: without logits only the loss is left, so give labels too.")
+        if skip_logits and (output_head_logits or not isinstance(logits_to_keep, int) or logits_to_keep):
+            raise ValueError("skip_logits=True: drop output_head_logits and logits_to_keep, they ask for logits.")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        lm_heads = [cast(nn.Linear, self.lm_heads[m]) for m in self.active_heads]
+        logits = head_logits = head_losses = None
+        if skip_logits:
+            assert labels is not None
+            weights = [lm_head.weight for lm_head in lm_heads]
+            head_losses = fused_causal_lm_losses(outputs.head_hidden_states, weights, labels, **kwargs)
+        else:
+            hidden_states = [slice_logits_to_keep(hidden, logits_to_keep) for hidden in outputs.head_hidden_states]
+            logits, head_logits, head_losses = self._vote(
+                lm_heads, hidden_states, labels, output_head_logits, **kwargs
+            )
+        return NeuroTrailsCausalLMOutputWithPast(
+            loss=None if head_losses is None else head_losses.mean(),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            head_losses=head_losses,
+            head_logits=head_logits,
+        )
+
+    def _vote(
+        self,
+        lm_heads: list[nn.Linear],
+        hidden_states: list[torch.Tensor],
+        labels: torch.Tensor | None,
+        keep_head_logits: bool,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The vote's logits, the heads' logits if they are to be kept, the heads' losses if there are labels."""
+        head_logits, losses = [], []
+        tally = None
+        for lm_head, hidden in zip(lm_heads, hidden_states, strict=True):
+            logits = lm_head(hidden)
+            if keep_head_logits:
+                head_logits.append(logits)
+            if labels is not None:
+                losses.append(
+                    self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                )
+            if len(lm_heads) > 1:
+                tally = _count_vote(tally, logits, self.config.vote)
+        if tally is not None:
+            logits = _close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
+        return logits, torch.stack(head_logits) if head_logits else None, torch.stack(losses) if losses else None
+
+
+__all__ = [
+    "NeuroTrailsCausalLMOutputWithPast",
+    "NeuroTrailsLlamaForCausalLM",
+    "NeuroTrailsLlamaHead",
+    "NeuroTrailsLlamaModel",
+    "NeuroTrailsLlamaPreTrainedModel",
+    "NeuroTrailsModelOutputWithPast",
+    "fused_causal_lm_losses",
+]

@@ -1,0 +1,43 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Drop rules: which of a tensor's active weights go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .config import SparsityConfig
+from .selection import largest
+
+
+DropRule = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
+
+
+def drop_rule(config: SparsityConfig) -> DropRule:
+    """The rule that the configuration names, as a function of (weight, mask, count, generator)."""
+    if config.drop == "soft_magnitude":
+        return partial(soft_magnitude, temperature=config.temperature)
+    return magnitude
+
+
+def magnitude(weight: Tensor, mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Mask of the `count` active weights with the smallest magnitude; ties are broken at random."""
+    return largest(weight.abs().neg_(), mask, count, generator)
+
+
+def soft_magnitude(
+    weight: Tensor, mask: Tensor, count: int, generator: torch.Generator, *, temperature: float
+) -> Tensor:
+    """Mask of `count` active weights to drop, the others being drawn with p proportional to |w| ** temperature.
+
+    Drawing one by one, without replacement, equals keeping the smallest of the keys `E / |w| ** temperature`, with E
+    exponentially distributed (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006). The keys
+    are compared by their logarithm, which neither overflows nor underflows. Weights of exactly zero go first, at
+    random among themselves.
+    """
+    keys = torch.rand(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+    keys.log_().neg_().log_().sub_(weight.abs().log_(), alpha=temperature)
+    return largest(keys.clamp_(max=torch.finfo(keys.dtype).max), mask, count, generator)

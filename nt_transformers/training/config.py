@@ -1,0 +1,151 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""What every training run is told, whatever the network and the data."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..sparsity import SparsityConfig
+
+
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+# Fields that may differ between a run and its resumption: they do not touch what is computed.
+FREE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "per_device_batch_size",
+        "report_to",
+        "run_name",
+        "logging_steps",
+        "eval_steps",
+        "checkpoint_steps",
+        "keep_last",
+        "data.num_workers",
+    }
+)
+
+
+def check(valid: bool, name: str, value: object, remedy: str) -> None:
+    """Raises a `ValueError` that names the field, its value and the remedy, unless `valid`."""
+    if not valid:
+        raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """A training run.
+
+    Args:
+        output_dir: Folder of the run: metrics and checkpoints while it trains, a Hub checkpoint when it is done.
+        sparsity: Which weights exist and how that changes.
+        max_steps: Optimizer steps.
+        global_batch_size: Examples of one optimizer step, over all processes and accumulation steps.
+        per_device_batch_size: Examples of one forward pass on one process; the rest of the global batch is accumulated.
+        optimizer: Update rule. `adam` couples weight decay to the gradient, `adamw` does not.
+        learning_rate: Peak learning rate.
+        lr_schedule: How the learning rate falls after the warm-up.
+        warmup_ratio: Share of the steps over which the learning rate rises from zero.
+        min_lr_ratio: Learning rate at the end, as a share of the peak (`constant` ignores it).
+        adam_beta1: Decay of the first moment.
+        adam_beta2: Decay of the second moment.
+        adam_epsilon: Term added to the denominator.
+        weight_decay: Applied to matrices only, never to norms and biases.
+        max_grad_norm: Bound on the norm of the gradient of the active weights; null for none.
+        mixed_precision: `bf16` computes in bfloat16 over float32 master weights; null takes what accelerate is set to.
+        seed: Of the initialisation and the order of the data, and of the topology unless `sparsity.seed` is given.
+        logging_steps: Steps between two lines of metrics.
+        eval_steps: Steps between two evaluations on held-out data; null for one at the end only.
+        checkpoint_steps: Steps between two checkpoints; null for none.
+        keep_last: How many checkpoints are kept.
+        resume_from_checkpoint: A checkpoint folder, or `latest`: the newest complete one of `output_dir`, if any.
+        overwrite_output_dir: Delete the run that `output_dir` holds and start anew.
+        report_to: Trackers that get the metrics besides `metrics.jsonl`, one or a list.
+        run_name: Name of the run in the trackers; null takes the name of `output_dir`.
+    """
+
+    output_dir: str
+    sparsity: SparsityConfig
+    max_steps: int
+    global_batch_size: int = 512
+    per_device_batch_size: int = 16
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1.5e-3
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.1
+    min_lr_ratio: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    mixed_precision: Literal["no", "bf16"] | None = None
+    seed: int = 0
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    checkpoint_steps: int | None = None
+    keep_last: int = 2
+    resume_from_checkpoint: str | None = None
+    overwrite_output_dir: bool = False
+    report_to: Tracker | list[Tracker] = field(default_factory=list)
+    run_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "per_device_batch_size", "logging_steps", "keep_last"):
+            value = getattr(self, name)
+            check(value >= 1, name, value, "give a whole number of at least 1")
+        for name in ("eval_steps", "checkpoint_steps"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "give a whole number of at least 1, or null")
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, name, value, "give a share between 0 and 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            check(0 <= value < 1, name, value, "give a number from 0 up to, not including, 1")
+        check(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "give a positive number")
+        check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "give a positive number")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or a positive number")
+        check(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "give a positive number, or null for no clipping",
+        )
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        if self.sparsity.seed is None:
+            self.sparsity = dataclasses.replace(self.sparsity, seed=self.seed)
+
+    def accumulation_steps(self, num_processes: int) -> int:
+        """Forward passes of one process in one optimizer step.
+
+        Raises:
+            ValueError: the global batch cannot be shared out evenly.
+        """
+        parallel = self.per_device_batch_size * num_processes
+        check(
+            self.global_batch_size % parallel == 0,
+            "global_batch_size",
+            self.global_batch_size,
+            f"make it a multiple of per_device_batch_size x processes = {self.per_device_batch_size} x {num_processes}",
+        )
+        return self.global_batch_size // parallel
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a resumed run must share with the one it continues, as `{dotted name: value}`."""
+        flat = flatten(dataclasses.asdict(self))
+        return {name: value for name, value in flat.items() if name not in FREE_ON_RESUME}
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

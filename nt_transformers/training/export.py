@@ -1,0 +1,120 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""The finished network as a Hub checkpoint."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+CARD_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A sparse multi-head ensemble (NeuroTrails): {{ heads }} heads of {{ head_layers }} layers on a shared backbone of
+{{ backbone_layers }} layers. {{ active }} of {{ parameters }} parameters are active (density {{ density }} of the
+weights that the topology covers, method `{{ method }}`). The heads vote by mean {{ vote }}.
+
+## Measured
+
+On {{ tokens_evaluated }} tokens of held-out documents, after {{ tokens_trained }} training tokens:
+
+| prediction | perplexity |
+|---|---|
+{{ perplexity_rows }}
+
+The heads disagree on the most likely next token at {{ disagreement }} of the positions (mean over pairs of heads).
+
+## Training data
+
+`{{ data }}`
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
+model = AutoModelForCausalLM.from_pretrained("{{ name }}", trust_remote_code=True)
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+`trust_remote_code=True` is not needed where `nt_transformers` is installed and imported. `model.active_heads = 1` votes
+with the first head only.
+
+## Citation
+
+```bibtex
+@article{grooten2025neurotrails,
+  title={NeuroTrails: Training with Dynamic Sparse Heads as the Key to Effective Ensembling},
+  author={Grooten, Bram and Hasanov, Farid and Zhang, Chenxiang and Xiao, Qiao and Wu, Boqian and Atashgahi, Zahra and
+    Sokar, Ghada and Liu, Shiwei and Yin, Lu and Mocanu, Elena and Pechenizkiy, Mykola and Mocanu, Decebal Constantin},
+  journal={arXiv preprint arXiv:2505.17909},
+  year={2025}
+}
+```
+"""
+
+
+def export_checkpoint(
+    output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]
+) -> None:
+    """Writes weights, configurations, modelling code, tokenizer and model card, each file whole or not at all."""
+    partial = output_dir / "export.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    model_card(output_dir.resolve().name, model, summary).save(partial / "README.md")
+    for path in partial.iterdir():
+        path.replace(output_dir / path.name)
+    partial.rmdir()
+
+
+def model_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
+    """The card of a trained language model, filled with the measured figures of `summary`."""
+    config, run = model.config, summary["config"]
+    perplexity = {
+        "vote, mean probability": summary["eval_perplexity_probs_vote"],
+        "vote, mean logit": summary["eval_perplexity_logits_vote"],
+    } | {f"head {index}": value for index, value in enumerate(summary["eval_perplexity_heads"])}
+    data = run["data.train"]
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["neurotrails", "sparse", "ensemble"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"held-out documents of {data}",
+                metric_type="perplexity",
+                metric_name=f"perplexity, {label}",
+                metric_value=value,
+            )
+            for label, value in perplexity.items()
+        ],
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_str=CARD_TEMPLATE,
+        name=name,
+        heads=config.num_ensemble_heads,
+        head_layers=config.num_head_layers,
+        backbone_layers=config.num_hidden_layers - config.num_head_layers,
+        active=f"{summary['active_parameters']:,}",
+        parameters=f"{summary['parameters']:,}",
+        density=f"{summary['density']:.4g}",
+        method=run["sparsity.method"],
+        vote={"probs": "probability", "logits": "logit"}[config.vote],
+        tokens_evaluated=f"{summary['eval_tokens']:,}",
+        tokens_trained=f"{summary['tokens']:,}",
+        perplexity_rows="\n".join(f"| {label} | {value:.2f} |" for label, value in perplexity.items()),
+        disagreement=f"{summary['eval_disagreement']:.1%}",
+        data=data,
+    )

@@ -1,0 +1,51 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""The metrics of a run: one JSON object a line, and whatever trackers the user asks for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+
+# Fields that depend on the clock: all others of a resumed run equal those of an uninterrupted one.
+TIMING_FIELDS = frozenset({"seconds", "tokens_per_second"})
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` on the main process and passes numbers on to accelerate's trackers.
+
+    Args:
+        path: The file.
+        accelerator: Its trackers must have been initialised.
+        last_step: Lines of later steps are dropped, so that a resumed run repeats none.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, last_step: int) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= last_step]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A crash can leave the last line unfinished; its step is later than the last checkpoint's.
+        return [line for line in lines if line.endswith("\n")]
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Adds one line. `metrics` holds `step`, numbers, and lists of numbers (one per head)."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        for key, values in metrics.items():
+            if isinstance(values, list):
+                numbers |= {f"{key}/{index}": value for index, value in enumerate(values)}
+        self.accelerator.log(numbers, step=numbers.pop("step"))

@@ -1,0 +1,43 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Optimizers and learning-rate schedules."""
+
+import math
+
+import torch
+from torch import nn
+
+from .config import TrainingConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over all trainable parameters; weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return optimizer_class(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Learning rate of optimizer step `step` (the first is 1).
+
+    Rises linearly to the peak over the warm-up, then falls to `min_lr_ratio` of it at `max_steps`.
+    """
+    warmup_steps = round(config.warmup_ratio * config.max_steps)
+    if step <= warmup_steps:
+        return config.learning_rate * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, config.max_steps - warmup_steps)
+    remaining = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[config.lr_schedule]
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)

@@ -1,0 +1,176 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Training a NeuroTrails LLaMA on text, from configuration to Hub checkpoint."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from ..analysis import EnsembleScores, score_language_model
+from ..data import (
+    TextDataConfig,
+    check_vocab_size,
+    load_tokenizer,
+    sequence_loader,
+    training_sequences,
+    validation_sequences,
+)
+from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from .config import TrainingConfig
+from .export import export_checkpoint
+from .loop import Batch, Position, TrainingLoop
+
+
+@dataclass(kw_only=True)
+class LlamaArguments:
+    """Shape of the network. One class covers the family: one head is a single network, all layers in the heads a full
+    ensemble, anything between with `sparsity.method: dense` TreeNet.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the feed-forward layers.
+        num_hidden_layers: Layers from input to output, L.
+        num_attention_heads: Attention heads of a layer.
+        num_key_value_heads: Key and value heads of a layer; null for as many as attention heads.
+        num_ensemble_heads: Ensemble heads, M.
+        num_head_layers: Layers of each ensemble head, B; null for all of them: a full ensemble.
+        vote: How the heads' outputs become one prediction: mean of probabilities or mean of logits.
+        vocab_size: Null takes the tokenizer's; a number must equal it.
+        max_position_embeddings: Longest sequence the network is meant for.
+        tie_word_embeddings: One matrix for input embedding and output layers.
+        initializer_range: Standard deviation of the initial weights.
+        attn_implementation: How attention is computed.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    num_ensemble_heads: int = 3
+    num_head_layers: int | None = 8
+    vote: Literal["probs", "logits"] = "probs"
+    vocab_size: int | None = None
+    max_position_embeddings: int = 1024
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+
+@dataclass(kw_only=True)
+class TextTrainingConfig(TrainingConfig):
+    """Training of a NeuroTrails LLaMA on text.
+
+    Args:
+        model: Shape of the network.
+        data: Where the text comes from and how it becomes sequences of tokens.
+    """
+
+    model: LlamaArguments
+    data: TextDataConfig
+
+
+class TextTask:
+    """A NeuroTrails LLaMA and its text, for the training loop.
+
+    Raises:
+        ValueError: tokenizer, text or shape of the network are unusable or do not fit together.
+    """
+
+    def __init__(self, config: TextTrainingConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        model_config = self._model_config()
+        shares = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        self.training = training_sequences(
+            config.data, self.tokenizer, batch_size=config.per_device_batch_size, seed=config.seed, **shares
+        )
+        self.validation = sequence_loader(
+            validation_sequences(config.data, self.tokenizer, batch_size=config.per_device_batch_size, **shares),
+            config.data.num_workers,
+        )
+        set_seed(config.seed)
+        self.model: nn.Module = NeuroTrailsLlamaForCausalLM(model_config)
+
+    def _model_config(self) -> NeuroTrailsLlamaConfig:
+        shape = asdict(self.config.model)
+        if shape["num_head_layers"] is None:
+            shape["num_head_layers"] = shape["num_hidden_layers"]
+        if shape["vocab_size"] is None:
+            shape["vocab_size"] = len(self.tokenizer)
+        check_vocab_size(self.tokenizer, shape["vocab_size"])
+        special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return NeuroTrailsLlamaConfig(**shape, **special)
+
+    def batches(self, position: Position | None) -> Iterator[Batch]:
+        if position is not None:
+            self.training.seek(position)
+        return iter(sequence_loader(self.training, self.config.data.num_workers))
+
+    def count_items(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] != -100).sum())
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = model(**batch, num_items_in_batch=num_items, skip_logits=True, use_cache=False)
+        return output.loss, output.head_losses
+
+    def evaluate(self) -> dict[str, Any]:
+        network = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            local = score_language_model(network, self.validation)
+        tokens = torch.tensor(local.tokens, device=self.accelerator.device)
+        scores = EnsembleScores(
+            self.accelerator.reduce(local.sums, "sum"), int(self.accelerator.reduce(tokens, "sum"))
+        )
+        return scores.figures(network.config.vote)
+
+
+def train_language_model(config: TextTrainingConfig) -> dict[str, Any]:
+    """Trains as `config` says and leaves a Hub checkpoint in `config.output_dir`.
+
+    Returns:
+        The final figures, as in `summary.json`.
+
+    Raises:
+        ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+    )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
+        )
+    task = TextTask(config, accelerator)
+    loop = TrainingLoop(config, task, accelerator)
+    if config.report_to:
+        run_name = config.run_name or Path(config.output_dir).name
+        accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
+    loop.run()
+    accelerator.end_training()
+    network = accelerator.unwrap_model(loop.model)
+    topology = loop.sparsifier.summary()
+    summary = {
+        "steps": loop.step,
+        "tokens": loop.items,
+        "parameters": network.num_parameters(),
+        "active_parameters": network.num_parameters() - (topology.numel - topology.nonzeros),
+        "density": topology.density,
+        "explored": topology.explored,
+        **loop.last_evaluation,
+        "config": config.identity(),
+    }
+    if accelerator.is_main_process:
+        export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
+        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    return summary

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Trains a NeuroTrails LLaMA and a dense single network on the same real text, then compares them on test documents.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+python -m nt_transformers.data.prepare --output data/demo --vocab-size 4096
+accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    recipes/train_c4.py --config recipes/configs/demo.yaml
+accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    recipes/train_c4.py --config recipes/configs/demo.yaml --output_dir runs/demo_single \
+    --model.num_ensemble_heads 1 --sparsity.method dense --sparsity.density 1.0
+python eval/perplexity.py --model runs/demo --model runs/demo_single --data data/demo/test \
+    --unigram data/demo/train --packing --sequence_length 64 --prompt "The President of the United States" \
+    --output runs/demo/perplexity.json
