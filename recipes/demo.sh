@@ -9,7 +9,7 @@ accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dyna
     recipes/train_c4.py --config recipes/configs/demo.yaml
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     recipes/train_c4.py --config recipes/configs/demo.yaml --output_dir runs/demo_single \
-    --model.num_ensemble_heads 1 --sparsity.method dense --sparsity.density 1.0
+    --model.num_ensemble_heads 1 --sparsity.method dense
 python eval/perplexity.py --model runs/demo --model runs/demo_single --data data/demo/test \
     --unigram data/demo/train --packing --sequence_length 64 --prompt "The President of the United States" \
     --output runs/demo/perplexity.json

@@ -260,4 +260,6 @@ def sequence_loader(sequences: TokenSequences, num_workers: int = 1) -> DataLoad
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        # Its own, because a loader draws from the global generator otherwise, and a resumed run makes one more loader.
+        generator=torch.Generator(),
     )

@@ -28,6 +28,7 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
     """
     parser = ArgumentParser(
         description=description,
+        allow_abbrev=False,
         usage="%(prog)s --config FILE.yaml [--config FILE.yaml ...] [--field value ...]",
         formatter_class=HelpFormatter,
     )

@@ -239,7 +239,6 @@ class TrainingLoop:
             )
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def _resume(self, folder: Path) -> None:
         weights, training, state = load_checkpoint(folder)
@@ -253,7 +252,6 @@ class TrainingLoop:
         self.window_losses = torch.tensor(state["window"]["losses"], device=self.accelerator.device)
         self.window_steps_start = state["window"]["steps_start"]
         self.window_items_start = state["window"]["items_start"]
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         self.accelerator.print(f"resuming {folder} at step {self.step} of {self.config.max_steps}")
 
     def _check_same_run(self, folder: Path, saved: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class MetricsLog:
         self.path = path
         self.accelerator = accelerator
         if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in self._lines() if json.loads(line)["step"] <= last_step]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(kept), encoding="utf-8")

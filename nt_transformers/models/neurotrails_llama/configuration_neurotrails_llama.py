@@ -44,6 +44,8 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
             "AutoModelForCausalLM": "modeling_neurotrails_llama.NeuroTrailsLlamaForCausalLM",
         }
         super().__post_init__(**{"auto_map": auto_map, **kwargs})
+        # `strict` runs this again and wraps what it raises; users catch ValueError.
+        self.validate_ensemble()
 
     @property
     def num_backbone_layers(self) -> int:
@@ -60,23 +62,17 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         if value is not None:
             raise ValueError(f"per_layer_config={value!r}: all layers of this model are alike; leave the field out.")
 
-    def validate_num_ensemble_heads(self) -> None:
-        """Run by `strict` when a config is made."""
+    def validate_ensemble(self) -> None:
+        """The heads, their depth and their vote make sense; raises `ValueError` if not."""
         if self.num_ensemble_heads < 1:
             raise ValueError(
-                f"num_ensemble_heads={self.num_ensemble_heads}: a model needs 1 head (the single network) or more."
+                f"num_ensemble_heads={self.num_ensemble_heads}: a model needs at least 1 head (1 is the single network)."
             )
-
-    def validate_num_head_layers(self) -> None:
-        """Run by `strict` when a config is made."""
         if not 0 <= self.num_head_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"num_head_layers={self.num_head_layers}: a head takes 0 to num_hidden_layers="
                 f"{self.num_hidden_layers} of the decoder layers; lower it or raise num_hidden_layers."
             )
-
-    def validate_vote(self) -> None:
-        """Run by `strict` when a config is made."""
         if self.vote not in ("probs", "logits"):
             raise ValueError(
                 f'vote={self.vote!r}: choose "probs" (mean of probabilities) or "logits" (mean of logits).'

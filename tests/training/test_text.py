@@ -1,0 +1,247 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Training on text, end to end on a tiny corpus."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nt_transformers.training import TextTrainingConfig, train_language_model
+from nt_transformers.training.metrics import TIMING_FIELDS
+
+
+RunConfig = Callable[..., TextTrainingConfig]
+
+
+def read_metrics(folder: str) -> list[dict[str, Any]]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
+
+
+def assert_equal_nested(left: Any, right: Any) -> None:
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_equal_nested(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_equal_nested(a, b)
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+def assert_same_checkpoint(left: Path, right: Path) -> None:
+    assert_equal_nested(load_file(left / "model.safetensors"), load_file(right / "model.safetensors"))
+    assert_equal_nested(torch.load(left / "training.pt"), torch.load(right / "training.pt"))
+    assert json.loads((left / "state.json").read_text()) == json.loads((right / "state.json").read_text())
+
+
+def test_a_run_leaves_a_checkpoint_that_loads(run_config: RunConfig) -> None:
+    config = run_config(max_steps=30, learning_rate=3e-2)
+    summary = train_language_model(config)
+    folder = Path(config.output_dir)
+    for name in ("config.json", "generation_config.json", "model.safetensors", "README.md", "summary.json"):
+        assert (folder / name).is_file(), name
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    last = load_file(folder / "checkpoints" / "step_30" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, last[name])
+    assert summary["eval_perplexity"] < len(tokenizer) / 4
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    kept = sum(int(p.count_nonzero()) for p in matrices) / sum(p.numel() for p in matrices)
+    assert kept <= summary["density"] == 0.5
+    inputs = tokenizer("The farmer", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs.input_ids.shape[1] + 3
+
+    card = (folder / "README.md").read_text()
+    for value in (summary["eval_perplexity_probs_vote"], *summary["eval_perplexity_heads"]):
+        assert f"| {value:.2f} |" in card
+
+
+def test_metrics_hold_what_the_design_names(run_config: RunConfig) -> None:
+    config = run_config()
+    train_language_model(config)
+    lines = read_metrics(config.output_dir)
+    training = [line for line in lines if "loss" in line]
+    evaluation = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in training] == [3, 6]
+    assert [line["step"] for line in evaluation] == [4, 8]
+    for line in training:
+        assert line["loss"] == pytest.approx(sum(line["head_losses"]) / 2, rel=1e-6)
+        assert line["density"] == 0.5
+        assert 0.5 <= line["explored"] <= 1
+        assert line["tokens"] > 0
+    assert all(line["eval_tokens"] == 300 for line in evaluation)
+
+
+@pytest.mark.parametrize(
+    ("data", "sparsity"),
+    [
+        ({}, {}),
+        ({"packing": True, "num_workers": 1}, {"method": "neurotrails_llm"}),
+        ({"streaming": True, "packing": True}, {"method": "gmp"}),
+    ],
+    ids=["padded", "packed", "streamed"],
+)
+@pytest.mark.parametrize("stop", [2, 6])
+def test_resumed_equals_uninterrupted(
+    run_config: RunConfig, tmp_path: Path, data: dict[str, Any], sparsity: dict[str, Any], stop: int
+) -> None:
+    whole = run_config(data=data, sparsity=sparsity)
+    train_language_model(whole)
+
+    resumed = run_config(
+        data=data, sparsity=sparsity, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint="latest"
+    )
+    # What a crash just after checkpoint `stop` and three more steps would leave.
+    shutil.copytree(whole.output_dir, resumed.output_dir)
+    for folder in (Path(resumed.output_dir) / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step_")) > stop:
+            shutil.rmtree(folder)
+    train_language_model(resumed)
+
+    assert read_metrics(resumed.output_dir) == read_metrics(whole.output_dir)
+    for step in range(stop + 2, 9, 2):
+        name = f"checkpoints/step_{step}"
+        assert_same_checkpoint(Path(whole.output_dir) / name, Path(resumed.output_dir) / name)
+
+
+def test_accumulation_equals_one_large_batch(run_config: RunConfig, tmp_path: Path) -> None:
+    runs = [run_config(per_device_batch_size=size, output_dir=str(tmp_path / f"by_{size}")) for size in (2, 8)]
+    for config in runs:
+        train_language_model(config)
+    small, large = (
+        {
+            "weights": load_file(Path(config.output_dir) / "checkpoints/step_8/model.safetensors"),
+            "masks": torch.load(Path(config.output_dir) / "checkpoints/step_8/training.pt")["sparsifier"]["masks"],
+        }
+        for config in runs
+    )
+    assert_equal_nested(small["masks"], large["masks"])
+    for name, weight in small["weights"].items():
+        torch.testing.assert_close(weight, large["weights"][name], rtol=1e-3, atol=1e-4)
+
+
+def test_removed_weights_stay_zero_under_weight_decay_and_clipping(run_config: RunConfig) -> None:
+    config = run_config(weight_decay=0.1, max_grad_norm=0.5, optimizer="adamw", sparsity={"method": "static"})
+    train_language_model(config)
+    folder = Path(config.output_dir) / "checkpoints"
+    first, last = (load_file(folder / f"step_{step}" / "model.safetensors") for step in (2, 8))
+    for name, weight in first.items():
+        if weight.ndim == 2:
+            assert not last[name][weight == 0].any(), name
+            assert not torch.equal(last[name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [({"num_ensemble_heads": 1}, 1), ({"num_head_layers": None}, 2), ({"tie_word_embeddings": True}, 2)],
+    ids=["single", "full ensemble", "tied"],
+)
+def test_the_whole_family_trains_dense(run_config: RunConfig, model: dict[str, Any], heads: int) -> None:
+    config = run_config(model=model, sparsity={"method": "dense"}, max_steps=2, checkpoint_steps=None)
+    summary = train_language_model(config)
+    assert len(summary["eval_perplexity_heads"]) == heads
+    assert summary["active_parameters"] == summary["parameters"]
+    assert not (Path(config.output_dir) / "checkpoints").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(config.output_dir)
+    assert loaded.num_parameters() == summary["parameters"]
+
+
+def test_bf16_keeps_float32_weights(run_config: RunConfig) -> None:
+    config = run_config(mixed_precision="bf16", max_steps=2)
+    train_language_model(config)
+    weights = load_file(Path(config.output_dir) / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_tensorboard_gets_the_metrics(run_config: RunConfig) -> None:
+    config = run_config(report_to="tensorboard", max_steps=3)
+    train_language_model(config)
+    assert list(Path(config.output_dir).rglob("events.out.tfevents.*"))
+
+
+class TestBadInput:
+    """Each mistake is named before anything is trained or overwritten."""
+
+    def fails(self, config: TextTrainingConfig, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            train_language_model(config)
+        assert not (Path(config.output_dir) / "metrics.jsonl").exists()
+
+    def test_vocabulary(self, run_config: RunConfig) -> None:
+        self.fails(run_config(model={"vocab_size": 321}), "321.*320 tokens")
+
+    def test_no_files(self, run_config: RunConfig, tmp_path: Path) -> None:
+        self.fails(run_config(data={"train": str(tmp_path)}), "no files")
+
+    def test_no_text(self, run_config: RunConfig, tmp_path: Path) -> None:
+        (tmp_path / "shard.jsonl").write_text('{"body": "a"}\n')
+        self.fails(run_config(data={"train": str(tmp_path), "validation": str(tmp_path)}), "'text'.*'body'")
+
+    def test_empty_corpus(self, run_config: RunConfig, tmp_path: Path) -> None:
+        (tmp_path / "shard.jsonl").write_text("")
+        self.fails(run_config(data={"train": str(tmp_path), "validation": str(tmp_path)}), "empty")
+
+    def test_shape(self, run_config: RunConfig) -> None:
+        self.fails(run_config(model={"num_head_layers": 3}), "num_head_layers=3")
+        self.fails(run_config(model={"num_ensemble_heads": 0}), "num_ensemble_heads=0")
+
+    def test_batch(self, run_config: RunConfig) -> None:
+        self.fails(run_config(global_batch_size=6), "global_batch_size=6")
+
+    def test_missing_checkpoint(self, run_config: RunConfig, tmp_path: Path) -> None:
+        self.fails(run_config(resume_from_checkpoint=str(tmp_path / "nowhere")), "nowhere cannot be resumed")
+
+
+def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
+    config = run_config(max_steps=2)
+    train_language_model(config)
+    before = (Path(config.output_dir) / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"output_dir=.*already holds a run.*overwrite_output_dir=true"):
+        train_language_model(config)
+    assert (Path(config.output_dir) / "metrics.jsonl").read_bytes() == before
+    train_language_model(run_config(max_steps=2, overwrite_output_dir=True))
+
+
+def test_resuming_another_configuration_names_the_fields(run_config: RunConfig) -> None:
+    config = run_config(max_steps=4)
+    train_language_model(config)
+    other = run_config(max_steps=4, learning_rate=0.5, sparsity={"density": 0.4}, resume_from_checkpoint="latest")
+    with pytest.raises(
+        ValueError, match=r"learning_rate: 0.01 there, 0.5 here.*sparsity.density: 0.5 there, 0.4 here"
+    ):
+        train_language_model(other)
+
+
+def test_latest_skips_a_damaged_checkpoint_and_says_so(
+    run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config()
+    train_language_model(config)
+    final = (Path(config.output_dir) / "model.safetensors").read_bytes()
+    damaged = Path(config.output_dir) / "checkpoints" / "step_8" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train_language_model(run_config(resume_from_checkpoint="latest"))
+    output = capsys.readouterr().out
+    assert "skipping" in output
+    assert "step_8: model.safetensors has" in output
+    assert "step_6 at step 6 of 8" in output
+    assert (Path(config.output_dir) / "model.safetensors").read_bytes() == final
+
+
+def test_latest_without_a_checkpoint_starts_anew(run_config: RunConfig) -> None:
+    assert train_language_model(run_config(max_steps=2, resume_from_checkpoint="latest"))["steps"] == 2
