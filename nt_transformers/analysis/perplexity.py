@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 
 # Logits of this many tokens are alive at a time, of one head.
@@ -47,7 +46,7 @@ class EnsembleScores:
 
 
 @torch.no_grad()
-def score_language_model(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> EnsembleScores:
+def score_language_model(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> EnsembleScores:
     """Scores the active heads of a `NeuroTrailsLlamaForCausalLM` on held-out text.
 
     Args:
@@ -69,7 +68,7 @@ def score_language_model(model: nn.Module, batches: Iterable[dict[str, torch.Ten
     return scores
 
 
-def _score_chunk(model: nn.Module, hidden_MTH: torch.Tensor, targets_T: torch.Tensor) -> EnsembleScores:
+def _score_chunk(model: Any, hidden_MTH: torch.Tensor, targets_T: torch.Tensor) -> EnsembleScores:
     heads = len(hidden_MTH)
     columns = targets_T[:, None]
     nlls, choices = [], []

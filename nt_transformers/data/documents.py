@@ -12,12 +12,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Documents = datasets.Dataset | datasets.IterableDataset
+Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 JSON_ENDINGS = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
 SHARD_ENDINGS = (*JSON_ENDINGS, ".parquet", ".arrow")

@@ -276,11 +276,11 @@ def _own_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _random_states() -> dict[str, Any]:
-    numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [numpy_name, numpy_keys.tolist(), *numpy_rest],
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
         "python": random.getstate(),
     }
 

@@ -1,0 +1,95 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Training step (forward, backward, Adam) of NeuroTrails against that of stock LLaMA with the same FLOPs.
+
+    python benchmarks/train_step.py [--quick] [--json FILE]
+
+NeuroTrails has hidden size 256, 8 layers, 5 of them in each of 3 heads, vocabulary 4096; a step takes 8 x 256 tokens.
+The stock `LlamaForCausalLM` has the same widths and as many layers as bring its FLOPs nearest to NeuroTrails' (21;
+its parameters then match as well, 18.7M to 18.4M), and what is left of the difference, about 1 %, is divided out:
+
+    neurotrails_over_llama_same_flops = (neurotrails / its FLOPs) / (llama / its FLOPs)
+
+Stock LLaMA has one output layer, NeuroTrails three: its extra softmaxes count against it, FLOPs counting only matrix
+products. A second stock model, the one head of the same depth, is timed as well, scaled by its FLOPs in the same way.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from harness import parse_args, report, time_interleaved
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+
+
+BATCH, SEQUENCE = 8, 256
+HEADS, HEAD_LAYERS, LAYERS = 3, 5, 8
+WIDTHS = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
+
+
+def forward_flops(layers: int, output_layers: int) -> int:
+    """Floating-point operations of a forward pass for one token, matrix products only, attention over half the text."""
+    hidden = WIDTHS["hidden_size"]
+    projections = 4 * hidden**2 + 3 * hidden * WIDTHS["intermediate_size"]
+    attention = SEQUENCE * hidden  # scores and values, each over SEQUENCE / 2 positions on average
+    return 2 * (layers * (projections + attention) + output_layers * hidden * WIDTHS["vocab_size"])
+
+
+def llama(layers: int) -> LlamaForCausalLM:
+    """Stock LLaMA of the benchmark's widths."""
+    return LlamaForCausalLM(LlamaConfig(**WIDTHS, num_hidden_layers=layers))
+
+
+def training_step(model: PreTrainedModel, tokens: torch.Tensor, **forward_kwargs: bool) -> Callable[[], None]:
+    """A function that trains `model` for one step on `tokens` [batch, seq]."""
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-4)
+
+    def step() -> None:
+        model(tokens, labels=tokens, use_cache=False, **forward_kwargs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Time the three models in turn and report."""
+    args = parse_args(argparse.ArgumentParser(description=__doc__.partition("\n")[0]))
+    torch.manual_seed(0)
+    tokens = torch.randint(WIDTHS["vocab_size"], (BATCH, SEQUENCE))
+    neurotrails = NeuroTrailsLlamaForCausalLM(
+        NeuroTrailsLlamaConfig(
+            **WIDTHS, num_hidden_layers=LAYERS, num_ensemble_heads=HEADS, num_head_layers=HEAD_LAYERS
+        )
+    )
+    layers_run = LAYERS + (HEADS - 1) * HEAD_LAYERS
+    flops = forward_flops(layers_run, HEADS)
+    depth = min(range(layers_run, 2 * layers_run), key=lambda layers: abs(forward_flops(layers, 1) - flops))
+
+    seconds = time_interleaved(
+        {
+            "neurotrails": training_step(neurotrails, tokens, skip_logits=True),
+            "llama": training_step(llama(depth), tokens),
+            "llama_single": training_step(llama(LAYERS), tokens),
+        },
+        rounds=7 if args.quick else 25,
+        warmup=2,
+    )
+    relative = {
+        "llama_same_flops": seconds["llama"] * flops / forward_flops(depth, 1),
+        "llama_single_scaled": seconds["llama_single"] * flops / forward_flops(LAYERS, 1),
+    }
+    report(
+        {
+            **{f"neurotrails_over_{name}": seconds["neurotrails"] / value for name, value in relative.items()},
+            **{f"{name}_s": value for name, value in seconds.items()},
+            "llama_layers": depth,
+            "forward_gflops_per_step": flops * BATCH * SEQUENCE / 1e9,
+        },
+        args,
+    )
+
+
+if __name__ == "__main__":
+    main()
