@@ -29,7 +29,7 @@ WIDTHS = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 688, "num
 
 
 def forward_flops(layers: int, output_layers: int) -> int:
-    """Floating-point operations of a forward pass for one token, matrix products only, attention over half the text."""
+    """Floating-point operations of a forward pass for one token, matrix products only, attention causal."""
     hidden = WIDTHS["hidden_size"]
     projections = 4 * hidden**2 + 3 * hidden * WIDTHS["intermediate_size"]
     attention = SEQUENCE * hidden  # scores and values, each over SEQUENCE / 2 positions on average

@@ -4,10 +4,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+# Without the number of threads accelerate leaves all cores but one idle.
+launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+    --num_cpu_threads_per_process "$(nproc)")
+
 python -m nt_transformers.data.prepare --output data/demo --vocab-size 4096
-accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+"${launch[@]}" \
     recipes/train_c4.py --config recipes/configs/demo.yaml
-accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+"${launch[@]}" \
     recipes/train_c4.py --config recipes/configs/demo.yaml --output_dir runs/demo_single \
     --model.num_ensemble_heads 1 --sparsity.method dense
 python eval/perplexity.py --model runs/demo --model runs/demo_single --data data/demo/test \
