@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Method = Literal["rigl", "set", "static", "dense", "gmp", "neurotrails_llm", "neurotrails_vision"]
 Distribution = Literal["uniform", "erk"]
+MaskInit = Literal["random", "magnitude", "soft_magnitude"]
 Drop = Literal["magnitude", "soft_magnitude"]
 Growth = Literal["gradient", "random", "momentum"]
 DropSchedule = Literal["cosine", "linear", "constant"]
@@ -51,7 +52,10 @@ FIXED: dict[str, dict[str, Any]] = {"static": {"stop_fraction": 0.0}, "dense": {
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
     int: ("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    int | None: ("an integer", lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool))),
+    int | None: (
+        "an integer",
+        lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool)),
+    ),
     float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
 }
 
@@ -75,6 +79,11 @@ class SparsityConfig:
             `neurotrails_vision` 0.2.
         distribution: How the density is spread over the tensors. `erk`: proportional to sum(shape) / prod(shape), at
             most 1. `uniform`: the same everywhere. Default `erk`.
+        mask_init: Which weights exist at first. `random`: any, for a network that is new. `magnitude`: the largest.
+            `soft_magnitude`: drawn without replacement, with probability proportional to |weight| ** temperature,
+            another draw for each tensor, so that equal heads get different masks. The last two remove zeros before
+            anything else: a sparse checkpoint keeps all of its weights at its own density and distribution. Not used
+            by `gmp`. Default `random`; in the recipes `soft_magnitude` where training starts from a checkpoint.
         drop: Which active weights go. `magnitude`: the smallest. `soft_magnitude`: those that stay are drawn without
             replacement, with probability proportional to |weight| ** temperature. Default `magnitude`;
             `neurotrails_llm` `soft_magnitude`.
@@ -109,6 +118,7 @@ class SparsityConfig:
     method: Method = "rigl"
     density: float = _PRESET
     distribution: Distribution = _PRESET
+    mask_init: MaskInit | None = None
     drop: Drop = _PRESET
     growth: Growth = _PRESET
     update_interval: int = _PRESET
@@ -141,6 +151,8 @@ class SparsityConfig:
             value = getattr(self, name)
             if get_origin(hints[name]) is Literal:
                 self._check_choice(name, get_args(hints[name]))
+            elif hints[name] == MaskInit | None and value is not None:
+                self._check_choice(name, get_args(MaskInit))
             elif hints[name] in _KINDS and not _KINDS[hints[name]][1](value):
                 self._fail(name, f"set it to {_KINDS[hints[name]][0]}")
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):

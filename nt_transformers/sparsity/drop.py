@@ -9,17 +9,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .config import SparsityConfig
+from .config import Drop
 from .selection import largest
 
 
 DropRule = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 
 
-def drop_rule(config: SparsityConfig) -> DropRule:
-    """The rule that the configuration names, as a function of (weight, mask, count, generator)."""
-    if config.drop == "soft_magnitude":
-        return partial(soft_magnitude, temperature=config.temperature)
+def drop_rule(name: Drop, temperature: float) -> DropRule:
+    """The rule of that name, as a function of (weight, mask, count, generator)."""
+    if name == "soft_magnitude":
+        return partial(soft_magnitude, temperature=temperature)
     return magnitude
 
 

@@ -76,21 +76,31 @@ class Sparsifier:
     first name. With `dense_embeddings`, the weights of all `nn.Embedding` modules and of the layers that
     `model.get_output_embeddings()` returns stay dense. Names are those of the unwrapped model.
 
-    Building the sparsifier draws the first masks and zeroes the weights outside them. To resume, therefore, build it
-    first, then load the model's weights, then call `load_state_dict`.
+    Building the sparsifier draws the first masks and zeroes the weights outside them. To resume, therefore, load the
+    weights of the model and the optimizer's state first and give `state`; or build it first, then load them, then call
+    `load_state_dict`.
 
     Args:
         model: any module, wrapped or not.
         optimizer: the torch optimizer that trains it.
         config: the settings.
         total_steps: optimizer steps of the whole run, which the schedules refer to.
+        state: what `state_dict()` returned, to continue from; no masks are drawn then.
 
     Raises:
-        ValueError: `total_steps` is too small, a weight is on the meta device or unknown to the optimizer, or the
-            configuration selects nothing, excludes something unknown or leaves no weight at all.
+        ValueError: `total_steps` is too small, `state` is of another run, a weight is on the meta device or unknown to
+            the optimizer, or the configuration selects nothing, excludes something unknown or leaves no weight at all.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, config: SparsityConfig, *, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: SparsityConfig,
+        *,
+        total_steps: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps}: give the number of optimizer steps, at least 1.")
         self.model = model
@@ -100,12 +110,15 @@ class Sparsifier:
         self.steps = 0
         self._num_updates = num_updates(total_steps, config.update_interval, config.stop_fraction)
         self._check_schedule()
-        self._drop = drop_rule(config)
+        self._drop = drop_rule(config.drop, config.temperature)
         parameters = _select(model, config)
         _check_parameters(parameters, optimizer)
         self._tensors = self._initial(parameters)
         self._by_id = {id(tensor.parameter): tensor for tensor in self._tensors}
-        self._apply_masks()
+        if state is None:
+            self._apply_masks()
+        else:
+            self.load_state_dict(state)
 
     def step(self) -> bool:
         """Zero the removed weights, and update the topology if it is due.
@@ -233,7 +246,13 @@ class Sparsifier:
         for (name, parameter), target in zip(parameters.items(), targets, strict=True):
             mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
             active = mask.numel() if config.method == "gmp" else target
-            mask = random_subset(mask, active, self._generator(parameter, 0, name, "initial"))
+            generator = self._generator(parameter, 0, name, "initial")
+            if config.mask_init in (None, "random"):
+                mask = random_subset(mask, active, generator)
+            else:
+                _largest_magnitude(parameter, "weight", name)
+                rule = drop_rule(config.mask_init, config.temperature)
+                mask ^= rule(_full(parameter), mask, mask.numel() - active, generator)
             tensors.append(_Masked(name, parameter, target, mask, mask.clone(), active))
         return tensors
 
@@ -433,7 +452,8 @@ def _largest_magnitude(values: Tensor, kind: str, name: str) -> float:
     largest = float(values.detach().abs().amax())
     if not math.isfinite(largest):
         raise ValueError(
-            f"non-finite {kind} of {name} at a topology update: lower the learning rate or skip such steps."
+            f"non-finite {kind} of {name} where it decides over masks: lower the learning rate, skip such steps, or "
+            "load finite weights."
         )
     return largest
 

@@ -46,6 +46,21 @@ def make_model(make_config: Callable[..., NeuroTrailsLlamaConfig]) -> Callable[.
 
 
 @pytest.fixture
+def make_dense() -> Callable[..., LlamaForCausalLM]:
+    """`make_dense(**config overrides)`: a stock LLaMA whose norms and biases differ from their initial values."""
+
+    def make(**overrides: Any) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        dense = LlamaForCausalLM(LlamaConfig(**SMALL | overrides)).eval()
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        return dense
+
+    return make
+
+
+@pytest.fixture
 def stock_from_head() -> Callable[[NeuroTrailsLlamaForCausalLM, int], LlamaForCausalLM]:
     """`stock_from_head(model, m)`: stock LLaMA with the weights of the backbone and head m."""
 

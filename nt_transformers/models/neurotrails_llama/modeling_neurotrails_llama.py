@@ -3,26 +3,33 @@
 
 - The whole family by config: single network (M = 1), TreeNet, full ensemble (no backbone, M embeddings).
 - The vote is returned as logits: a later softmax gives the mean probability, so generation needs no change.
+- `from_dense` upcycles a stock LLaMA, `extract_head` goes back.
 - `skip_logits=True` trains without ever holding [batch, seq, vocab]: output layer and cross-entropy are fused.
 - A file that travels with a checkpoint: it imports torch, transformers and its configuration only.
 """
 
 import copy
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
+from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
+    LlamaForCausalLM,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -153,6 +160,25 @@ def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> 
 def _close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
     """The log of the mean probability, or the mean logits, [..., vocab]."""
     return tally - math.log(num_votes) if vote == "probs" else tally / num_votes
+
+
+# What a configuration says about its own class, not about the shape of one member.
+_OWN_FIELDS = {"model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"}
+_OWN_FIELDS |= {"num_ensemble_heads", "num_head_layers", "vote"}
+
+
+def _shared_fields(config: LlamaConfig) -> dict[str, Any]:
+    """The fields that a LLaMA with ensemble heads and a stock one have in common."""
+    return {name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}
+
+
+def _check_dense(dense: PreTrainedModel) -> None:
+    if not isinstance(dense, LlamaForCausalLM):
+        raise ValueError(
+            f"model_type={dense.config.model_type!r} ({type(dense).__name__}): only LlamaForCausalLM can be upcycled."
+        )
+    if getattr(dense.config, "quantization_config", None) is not None:
+        raise ValueError("quantization_config: a quantized model cannot be upcycled; load it without quantization.")
 
 
 def _run_layers(layers: nn.ModuleList, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -326,6 +352,102 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(config.num_ensemble_heads)
         )
         self.post_init()
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: str | os.PathLike[str] | LlamaForCausalLM,
+        num_ensemble_heads: int,
+        num_head_layers: int,
+        *,
+        vote: str = "probs",
+        noise: float = 0.0,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> Self:
+        """Upcycles a dense LLaMA: its lower layers become the backbone, its upper ones are copied into every head.
+
+        Without noise the heads are equal and the vote is the dense model's prediction; masks that differ from head to
+        head (the sparsifier's `random` or `soft_magnitude`) then set them apart. Dense model and result share no
+        memory, and nothing else is held.
+
+        Args:
+            dense: the model, or the folder or hub id of one.
+            num_ensemble_heads: see `NeuroTrailsLlamaConfig`, as for the next two.
+            num_head_layers: B; with as many as `dense` has layers the heads share nothing, not even the embeddings.
+            vote: how the heads are averaged.
+            noise: standard deviation of Gaussian noise added to the heads' weights, as a share of the standard
+                deviation of each weight tensor.
+            seed: of the noise.
+            kwargs: passed on to `from_pretrained` where `dense` names a checkpoint.
+
+        Raises:
+            ValueError: `dense` is not a `LlamaForCausalLM`, it is quantized, or another argument is out of range.
+        """
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise={noise}: give 0 for none, or a share of each weight's standard deviation.")
+        if not isinstance(dense, PreTrainedModel):
+            dense = cast(LlamaForCausalLM, AutoModelForCausalLM.from_pretrained(dense, **kwargs))
+        elif kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: options of loading, but dense is a model that is loaded already.")
+        _check_dense(dense)
+        split: dict[str, Any] = {
+            "num_ensemble_heads": num_ensemble_heads,
+            "num_head_layers": num_head_layers,
+            "vote": vote,
+        }
+        with no_init_weights():
+            model = cls._from_config(
+                NeuroTrailsLlamaConfig(**_shared_fields(dense.config), **split),
+                dtype=dense.dtype,
+                attn_implementation=dense.config._attn_implementation,
+            )
+        weights = dense.state_dict()
+        model.to(dense.device).load_state_dict({name: weights[model._locate(name)[1]] for name in model.state_dict()})
+        model._add_noise(noise, seed)
+        model.generation_config = copy.deepcopy(dense.generation_config)
+        return model.train(dense.training)
+
+    def extract_head(self, m: int) -> LlamaForCausalLM:
+        """Stock LLaMA made of the backbone and head `m`; its weights are copies.
+
+        Raises:
+            ValueError: there is no head `m`.
+        """
+        if not 0 <= m < len(self.lm_heads):
+            raise ValueError(f"m={m}: this model has the heads 0 to {len(self.lm_heads) - 1}.")
+        with no_init_weights():
+            dense = LlamaForCausalLM._from_config(
+                LlamaConfig(**_shared_fields(self.config)),
+                dtype=self.dtype,
+                attn_implementation=self.config._attn_implementation,
+            )
+        located = ((*self._locate(name), weight) for name, weight in self.state_dict().items())
+        weights = {name: weight for head, name, weight in located if head in (None, m)}
+        dense.to(self.device).load_state_dict(weights)
+        dense.generation_config = copy.deepcopy(self.generation_config)
+        return dense.train(self.training)
+
+    def _locate(self, name: str) -> tuple[int | None, str]:
+        """The head that a weight belongs to (None: the backbone), and the weight's name in stock LLaMA."""
+        match = re.fullmatch(r"(?:model\.heads|lm_heads)\.(\d+)\.(?:layers\.(\d+)\.)?(.+)", name)
+        if match is None:
+            return None, name
+        head, layer, rest = match.groups()
+        if name.startswith("lm_heads."):
+            return int(head), f"lm_head.{rest}"
+        if layer is not None:
+            rest = f"layers.{self.config.num_backbone_layers + int(layer)}.{rest}"
+        return int(head), f"model.{rest}"
+
+    @torch.no_grad()
+    def _add_noise(self, noise: float, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            # A single draw has no spread, and torch warns.
+            if noise > 0 and self._locate(name)[0] is not None and weight.numel() > 1:
+                draw = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+                weight.add_(draw.mul_(weight.std() * noise))
 
     @property
     def active_heads(self) -> list[int]:
