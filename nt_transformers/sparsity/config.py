@@ -51,7 +51,10 @@ FIXED: dict[str, dict[str, Any]] = {"static": {"stop_fraction": 0.0}, "dense": {
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
     int: ("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    int | None: ("an integer", lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool))),
+    int | None: (
+        "an integer",
+        lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool)),
+    ),
     float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
 }
 
