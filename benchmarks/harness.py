@@ -62,11 +62,6 @@ def time_interleaved(
     return {name: statistics.median(durations) for name, durations in seconds.items()}
 
 
-def ratio(medians: Mapping[str, float], numerator: str, denominator: str) -> dict[str, float]:
-    """The figure `<numerator>_over_<denominator>` from the medians of the two."""
-    return {f"{numerator}_over_{denominator}": medians[numerator] / medians[denominator]}
-
-
 def report(figures: Mapping[str, float], args: argparse.Namespace) -> None:
     """Print the figures with what is needed to repeat them, and write them to `args.json` if it is given."""
     print(f"command: {shlex.join([Path(sys.executable).name, *sys.argv])}")

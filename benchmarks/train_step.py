@@ -4,13 +4,17 @@
     python benchmarks/train_step.py [--quick] [--json FILE]
 
 NeuroTrails has hidden size 256, 8 layers, 5 of them in each of 3 heads, vocabulary 4096; a step takes 8 x 256 tokens.
-The stock `LlamaForCausalLM` has the same widths and as many layers as bring its FLOPs nearest to NeuroTrails' (21;
-its parameters then match as well, 18.7M to 18.4M), and what is left of the difference, about 1 %, is divided out:
+The stock `LlamaForCausalLM` has the same widths and as many layers as bring its FLOPs nearest to NeuroTrails' (20;
+its parameters nearly match as well, 17.9M to 18.4M), and what is left of the difference, 2 %, is divided out:
 
     neurotrails_over_llama_same_flops = (neurotrails / its FLOPs) / (llama / its FLOPs)
 
+The mask: the same NeuroTrails step with the sparsifier (density 0.9, no topology update) over the step without.
+
+    masked_over_unmasked = neurotrails_masked / neurotrails
+
 Stock LLaMA has one output layer, NeuroTrails three: its extra softmaxes count against it, FLOPs counting only matrix
-products. A second stock model, the one head of the same depth, is timed as well, scaled by its FLOPs in the same way.
+products. The stock single network of 8 layers is timed as well, scaled by its FLOPs in the same way.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from harness import parse_args, report, time_interleaved
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_transformers.sparsity import Sparsifier, SparsityConfig
 
 
 BATCH, SEQUENCE = 8, 256
@@ -41,13 +46,18 @@ def llama(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**WIDTHS, num_hidden_layers=layers))
 
 
-def training_step(model: PreTrainedModel, tokens: torch.Tensor, **forward_kwargs: bool) -> Callable[[], None]:
-    """A function that trains `model` for one step on `tokens` [batch, seq]."""
-    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-4)
+def training_step(
+    model: PreTrainedModel, tokens: torch.Tensor, sparsity: SparsityConfig | None = None, **forward_kwargs: bool
+) -> Callable[[], None]:
+    """A function that trains `model`, sparse if so configured, for one step on `tokens` [batch, seq]."""
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-4, fused=True)
+    sparsifier = Sparsifier(model, optimizer, sparsity, total_steps=1000) if sparsity else None
 
     def step() -> None:
         model(tokens, labels=tokens, use_cache=False, **forward_kwargs).loss.backward()
         optimizer.step()
+        if sparsifier:
+            sparsifier.step()
         optimizer.zero_grad()
 
     return step
@@ -58,11 +68,10 @@ def main() -> None:
     args = parse_args(argparse.ArgumentParser(description=__doc__.partition("\n")[0]))
     torch.manual_seed(0)
     tokens = torch.randint(WIDTHS["vocab_size"], (BATCH, SEQUENCE))
-    neurotrails = NeuroTrailsLlamaForCausalLM(
-        NeuroTrailsLlamaConfig(
-            **WIDTHS, num_hidden_layers=LAYERS, num_ensemble_heads=HEADS, num_head_layers=HEAD_LAYERS
-        )
+    config = NeuroTrailsLlamaConfig(
+        **WIDTHS, num_hidden_layers=LAYERS, num_ensemble_heads=HEADS, num_head_layers=HEAD_LAYERS
     )
+    neurotrails, masked = NeuroTrailsLlamaForCausalLM(config), NeuroTrailsLlamaForCausalLM(config)
     layers_run = LAYERS + (HEADS - 1) * HEAD_LAYERS
     flops = forward_flops(layers_run, HEADS)
     depth = min(range(layers_run, 2 * layers_run), key=lambda layers: abs(forward_flops(layers, 1) - flops))
@@ -70,6 +79,7 @@ def main() -> None:
     seconds = time_interleaved(
         {
             "neurotrails": training_step(neurotrails, tokens, skip_logits=True),
+            "neurotrails_masked": training_step(masked, tokens, SparsityConfig(method="static"), skip_logits=True),
             "llama": training_step(llama(depth), tokens),
             "llama_single": training_step(llama(LAYERS), tokens),
         },
@@ -82,6 +92,7 @@ def main() -> None:
     }
     report(
         {
+            "masked_over_unmasked": seconds["neurotrails_masked"] / seconds["neurotrails"],
             **{f"neurotrails_over_{name}": seconds["neurotrails"] / value for name, value in relative.items()},
             **{f"{name}_s": value for name, value in seconds.items()},
             "llama_layers": depth,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+
 # Before anything imports the libraries that read them.
 _CACHE = tempfile.mkdtemp(prefix="nt-transformers-tests-")
 os.environ.update(
@@ -23,7 +24,14 @@ os.environ.update(
 
 SUBJECTS = ("the farmer", "a small boat", "my neighbour", "the old clock", "every teacher", "a grey cat", "the river")
 VERBS = ("watches", "repairs", "remembers", "crosses", "follows", "paints", "leaves behind")
-OBJECTS = ("the wooden bridge", "three letters", "a bright window", "the winter market", "an open field", "the last train")
+OBJECTS = (
+    "the wooden bridge",
+    "three letters",
+    "a bright window",
+    "the winter market",
+    "an open field",
+    "the last train",
+)
 TAILS = ("before dawn", "without a word", "in the rain", "for many years", "near the station", "again and again")
 
 

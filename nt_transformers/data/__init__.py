@@ -5,6 +5,7 @@ from .documents import TextDataConfig, load_documents
 from .sequences import TokenSequences, sequence_loader, training_sequences, validation_sequences
 from .tokenization import check_vocab_size, load_tokenizer
 
+
 __all__ = [
     "TextDataConfig",
     "TokenSequences",

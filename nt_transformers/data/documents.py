@@ -1,8 +1,8 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Documents of a text corpus, from the hub or from local shards in C4's form.
 
-Local shards are read here rather than by the loaders of `datasets`: those cast every column of every shard to the first
-one's schema (C4's `timestamp` is enough to break it), and name neither the file nor the line of a damaged record.
+Local shards are read here rather than by the loaders of `datasets`: those cast every column of every shard to the
+first one's schema (C4's `timestamp` is enough to break it), and do not name the file and line of a damaged record.
 """
 
 import glob
@@ -18,6 +18,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 JSON_ENDINGS = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
@@ -30,7 +31,7 @@ class TextDataConfig:
 
     Args:
         train: Training documents: a data set id of the hub, or a local file, folder or glob of JSON lines (`*.json.gz`
-            as in C4, `*.jsonl`, `*.json`), `*.parquet` or `*.arrow`. A folder with a subfolder `train` stands for that.
+            as in C4, `*.jsonl`, `*.json`), `*.parquet` or `*.arrow`. A subfolder `train` of a folder is what is read.
         name: Configuration of the hub's data set; local files have none.
         validation: Held-out documents, in the same forms. Default: the split `validation` of `train`.
         text_column: Column or JSON field that holds the text.
@@ -76,9 +77,7 @@ class TextDataConfig:
                     f"data.validation is not set and data.train = {source!r} has no folder {split!r}: "
                     "set data.validation to the held-out documents."
                 )
-        return load_documents(
-            source, split, name=self.name, text_column=self.text_column, streaming=self.streaming
-        )
+        return load_documents(source, split, name=self.name, text_column=self.text_column, streaming=self.streaming)
 
 
 def load_documents(
@@ -105,7 +104,8 @@ def load_documents(
     if not _is_local(source):
         return _load_hub(source, name, split, text_column, streaming is not False)
     paths = _find_shards(source, split)
-    if not any([_has_documents(path, text_column) for path in paths]):
+    filled = [_has_documents(path, text_column) for path in paths]
+    if not any(filled):
         raise ValueError(f"data: the corpus {source!r} is empty: its {len(paths)} files hold no document.")
     features = datasets.Features({"text": datasets.Value("string")})
     # Sizes and times are there for the fingerprint under which `datasets` caches: changed shards are read again.
@@ -188,7 +188,9 @@ def _read_json(path: str, text_column: str) -> Iterator[str]:
                 if not line.isspace():
                     yield _text_of(json.loads(line.decode()), text_column, f"{path}, line {number}")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: {path}, line {number} is not JSON in UTF-8 ({error}): repair or remove it.") from error
+        raise ValueError(
+            f"data: {path}, line {number} is not JSON in UTF-8 ({error}): repair or remove it."
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"data: {path} is damaged after line {number} ({error}): fetch it again.") from error
 

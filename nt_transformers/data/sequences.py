@@ -1,15 +1,16 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Token sequences: from documents to the micro-batches of one process, in an order that can be continued exactly.
 
-Notable: the position in the data is a place in the corpus (epoch, shard, document, token), not the state of a reader. It
-travels with every batch, so prefetching cannot spoil it; it is the same on all processes, and holds for another number
-of processes or another batch size.
+Notable: the position in the data is a place in the corpus (epoch, shard, document, token), not the state of a reader.
+It travels with every batch, so prefetching cannot spoil it; it is the same on all processes, and holds for another
+number of processes or another batch size.
 """
 
 import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,8 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .documents import Documents, TextDataConfig
 
+
 # Tokenizers take many documents at once several times quicker than one by one.
 CHUNK = 64
+
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Position:
     token: int = 0
 
 
-class TokenSequences(IterableDataset[dict]):
+class TokenSequences(IterableDataset[Batch]):
     """The micro-batches of one process, each a dict:
 
     - `input_ids`: int64 `[batch_size, sequence_length]`, padded on the right. There is no attention mask: causal
@@ -57,9 +61,9 @@ class TokenSequences(IterableDataset[dict]):
         sequence_length: Tokens in a sequence.
         batch_size: Sequences in a micro-batch of one process.
         packing: Join documents instead of truncating and padding each.
-        training: True: endless, and shuffled anew each epoch, keyed by (seed, epoch): all documents of a map-style data
-            set, the order of the shards of a streamed one (no buffer: it could not be continued exactly). False: one
-            pass in order; the last batches are filled up with rows of padding, so that all processes get as many.
+        training: True: endless, and shuffled anew each epoch, keyed by (seed, epoch): all documents of a map-style
+            data set, the order of the shards of a streamed one (no buffer: it could not be continued exactly).
+            False: one pass in order; the last batches are filled up with padding, so that all processes get as many.
         max_tokens: Stop after so many predicted tokens in all processes together; None for no limit.
         rank: Number of this process.
         world_size: Number of processes, W.
@@ -106,7 +110,7 @@ class TokenSequences(IterableDataset[dict]):
         """Let the next iteration start behind the batch that carried `position`."""
         self.start = Position(**position)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Batch]:
         sequences = self._packed() if self.packing else self._truncated()
         if self.max_tokens is not None:
             sequences = _limited(sequences, self.max_tokens)
@@ -159,7 +163,7 @@ class TokenSequences(IterableDataset[dict]):
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         eos = self.tokenizer.eos_token_id
-        # Not verbose: documents longer than the tokenizer's model_max_length are cut here, hence no cause for a warning.
+        # Not verbose: documents longer than the tokenizer's model_max_length are cut later, no cause for a warning.
         encoded = self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
         return [tokens if tokens[-1:] == [eos] else [*tokens, eos] for tokens in encoded["input_ids"]]
 
@@ -247,19 +251,22 @@ def validation_sequences(
     )
 
 
-def sequence_loader(sequences: TokenSequences, num_workers: int = 1) -> DataLoader:
+def sequence_loader(sequences: TokenSequences, num_workers: int = 1) -> DataLoader[Batch]:
     """Read ahead in `num_workers` background processes, 0 (none) or 1: more would repeat the sequences."""
     if num_workers not in (0, 1):
         raise ValueError(f"num_workers is {num_workers}: choose 0 or 1, since every worker would read all sequences.")
-    if num_workers:
-        # The tokenizers library warns, and turns its threads off, when a process forks that has used them before.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         sequences,
         batch_size=None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_tokenize_in_one_thread,
         pin_memory=torch.cuda.is_available(),
         # Its own, because a loader draws from the global generator otherwise, and a resumed run makes one more loader.
         generator=torch.Generator(),
     )
+
+
+def _tokenize_in_one_thread(worker: int) -> None:
+    # A fork does not copy the tokenizers library's threads: waiting for them, as this variable can demand, hangs.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

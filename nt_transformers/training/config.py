@@ -43,7 +43,7 @@ class TrainingConfig:
         sparsity: Which weights exist and how that changes.
         max_steps: Optimizer steps.
         global_batch_size: Examples of one optimizer step, over all processes and accumulation steps.
-        per_device_batch_size: Examples of one forward pass on one process; the rest of the global batch is accumulated.
+        per_device_batch_size: Examples of one forward pass on one process; the rest of the global batch accumulates.
         optimizer: Update rule. `adam` couples weight decay to the gradient, `adamw` does not.
         learning_rate: Peak learning rate.
         lr_schedule: How the learning rate falls after the warm-up.
@@ -130,7 +130,7 @@ class TrainingConfig:
             self.global_batch_size % parallel == 0,
             "global_batch_size",
             self.global_batch_size,
-            f"make it a multiple of per_device_batch_size x processes = {self.per_device_batch_size} x {num_processes}",
+            f"make it a multiple of per_device_batch_size x processes, {self.per_device_batch_size} x {num_processes}",
         )
         return self.global_batch_size // parallel
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nt_transformers.analysis import score_language_model, unigram_perplexity
 from nt_transformers.analysis import perplexity as perplexity_module
+from nt_transformers.analysis import score_language_model, unigram_perplexity
 from nt_transformers.models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from nt_transformers.data import TextDataConfig, load_documents
 
+
 TEXTS = ["First document.", "Second one,\nof two lines.", "Träume, 本, 🙂"]
 
 
@@ -62,9 +63,11 @@ def test_arrow_file_format_and_parts_of_a_saved_dataset(tmp_path: Path) -> None:
 
 def test_local_is_a_map_by_default_and_a_stream_on_request(corpus_dir: Path) -> None:
     documents = load_documents(str(corpus_dir), "train")
-    assert isinstance(documents, datasets.Dataset) and len(documents) == 300
+    assert isinstance(documents, datasets.Dataset)
+    assert len(documents) == 300
     stream = load_documents(str(corpus_dir), "train", streaming=True)
-    assert isinstance(stream, datasets.IterableDataset) and stream.num_shards == 3
+    assert isinstance(stream, datasets.IterableDataset)
+    assert stream.num_shards == 3
     assert texts_of(stream) == texts_of(documents)
 
 
@@ -194,7 +197,14 @@ def test_training_documents_are_never_taken_for_validation(corpus_dir: Path) -> 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("train", ""), ("tokenizer", ""), ("text_column", ""), ("sequence_length", 1), ("eval_tokens", 0), ("num_workers", 2)],
+    [
+        ("train", ""),
+        ("tokenizer", ""),
+        ("text_column", ""),
+        ("sequence_length", 1),
+        ("eval_tokens", 0),
+        ("num_workers", 2),
+    ],
 )
 def test_bad_config(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"data\.{field}"):

@@ -23,7 +23,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         vote: how the heads become one prediction: "probs" averages their probabilities, "logits" their logits.
 
     Raises:
-        ValueError: a field is out of its range.
+        StrictDataclassError: a field is out of its range; it wraps the ValueError that names the remedy.
     """
 
     model_type = "neurotrails_llama"
@@ -65,9 +65,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
     def validate_ensemble(self) -> None:
         """The heads, their depth and their vote make sense; raises `ValueError` if not."""
         if self.num_ensemble_heads < 1:
-            raise ValueError(
-                f"num_ensemble_heads={self.num_ensemble_heads}: a model needs at least 1 head (1 is the single network)."
-            )
+            raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: use 1 head (the single network) or more.")
         if not 0 <= self.num_head_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"num_head_layers={self.num_head_layers}: a head takes 0 to num_hidden_layers="
