@@ -1,7 +1,8 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""The Accelerate training loop and what the recipes need around it."""
+"""The Accelerate training loop, what the recipes need around it, and the callback for Trainer."""
 
 from .arguments import parse_arguments
+from .callback import SparsifierCallback
 from .config import TrainingConfig
 from .loop import Task, TrainingLoop
 from .text import LlamaArguments, TextTask, TextTrainingConfig, train_language_model
@@ -9,6 +10,7 @@ from .text import LlamaArguments, TextTask, TextTrainingConfig, train_language_m
 
 __all__ = [
     "LlamaArguments",
+    "SparsifierCallback",
     "Task",
     "TextTask",
     "TextTrainingConfig",
