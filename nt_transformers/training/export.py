@@ -44,8 +44,8 @@ inputs = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
-`trust_remote_code=True` is not needed where `nt_transformers` is imported. `model.active_heads = 1` votes with the first
-head only.
+`trust_remote_code=True` is not needed where `nt_transformers` is imported. `model.active_heads = 1` votes with
+the first head only.
 
 ## Citation
 

@@ -200,9 +200,8 @@ def test_accumulated_gradients_give_the_masks_of_the_whole_batch() -> None:
         return sparsifier.masks
 
     whole = masks(1)
-    assert all(torch.equal(mask, whole[name]) for name, mask in masks(4).items())
-    last_part = masks(8)
-    assert all(torch.equal(mask, whole[name]) for name, mask in last_part.items())
+    for parts in (4, 8):
+        assert all(torch.equal(mask, whole[name]) for name, mask in masks(parts).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -291,8 +290,8 @@ def test_explored_counts_every_weight_that_was_ever_active() -> None:
         for name, mask in sparsifier.masks.items():
             ever[name] |= mask
     summary = sparsifier.summary()
-    shares = {name: tensor.explored for name, tensor in summary.tensors.items()}
-    assert shares == {name: mask.float().mean().item() for name, mask in ever.items()} | shares
+    for name, tensor in summary.tensors.items():
+        assert tensor.explored == int(ever[name].sum()) / ever[name].numel()
     assert sum(int(mask.sum()) for mask in ever.values()) / summary.numel == summary.explored == sparsifier.explored
     assert summary.explored > summary.density
 
@@ -307,7 +306,7 @@ def test_clipping_counts_active_weights_only_and_scales_all_gradients_alike() ->
     }
     active = [grad[sparsifier.masks[name]] if name in sparsifier.masks else grad for name, grad in before.items()]
     expected = torch.cat([values.flatten() for values in active]).norm()
-    assert expected < 0.95 * torch.cat([values.flatten() for values in before.values()]).norm()
+    assert expected < 0.98 * torch.cat([values.flatten() for values in before.values()]).norm()
 
     assert sparsifier.clip_grad_norm_(1e6).item() == pytest.approx(expected.item())
     assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters() if p.grad is not None)
