@@ -247,7 +247,7 @@ class Sparsifier:
             mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
             active = mask.numel() if config.method == "gmp" else target
             generator = self._generator(parameter, 0, name, "initial")
-            if config.mask_init in (None, "random"):
+            if config.mask_init is None or config.mask_init == "random":
                 mask = random_subset(mask, active, generator)
             else:
                 _largest_magnitude(parameter, "weight", name)

@@ -5,11 +5,20 @@ from .arguments import parse_arguments
 from .callback import SparsifierCallback
 from .config import TrainingConfig
 from .loop import Task, TrainingLoop
-from .text import LlamaArguments, TextTask, TextTrainingConfig, train_language_model
+from .text import (
+    ContinuedTextTrainingConfig,
+    LlamaArguments,
+    PretrainedArguments,
+    TextTask,
+    TextTrainingConfig,
+    train_language_model,
+)
 
 
 __all__ = [
+    "ContinuedTextTrainingConfig",
     "LlamaArguments",
+    "PretrainedArguments",
     "SparsifierCallback",
     "Task",
     "TextTask",

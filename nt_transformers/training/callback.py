@@ -3,7 +3,6 @@
 
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -45,24 +44,18 @@ class SparsifierCallback(TrainerCallback):
         self._state_hook: Any = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: Any,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check(args)
         # Accelerate's wrapper passes state on to torch's optimizer, which holds the state itself.
-        optimizer = optimizer.optimizer
+        optimizer: Optimizer = kwargs["optimizer"].optimizer
         saved = optimizer.param_groups[0].pop(_STATE, None)
         if state.global_step > 0 and saved is None:
             raise ValueError(
                 f"resume_from_checkpoint: the checkpoint of step {state.global_step} holds no masks, being trained "
                 'without SparsifierCallback; load its weights as a model and start anew, with mask_init="magnitude".'
             )
-        self.sparsifier = Sparsifier(model, optimizer, self.config, total_steps=state.max_steps, state=saved)
+        self.sparsifier = Sparsifier(kwargs["model"], optimizer, self.config, total_steps=state.max_steps, state=saved)
         if self._state_hook is not None:
             self._state_hook.remove()
         self._state_hook = optimizer.register_state_dict_post_hook(self._add_state)
@@ -78,14 +71,8 @@ class SparsifierCallback(TrainerCallback):
     ) -> None:
         self.sparsifier.step()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, Any] = kwargs["logs"]
         if "loss" in logs:
             figures = {"density": self.sparsifier.density, "explored": self.sparsifier.explored}
             logs.update(figures)

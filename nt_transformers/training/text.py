@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..analysis import EnsembleScores, score_language_model
 from ..data import (
@@ -22,7 +23,7 @@ from ..data import (
     validation_sequences,
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from .config import TrainingConfig
+from .config import TrainingConfig, check
 from .export import export_checkpoint
 from .loop import Batch, Position, TrainingLoop
 
@@ -62,6 +63,73 @@ class LlamaArguments:
     initializer_range: float = 0.02
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
+        """A new network for the tokenizer's vocabulary, drawn from torch's global generator."""
+        shape = asdict(self)
+        if shape["num_head_layers"] is None:
+            shape["num_head_layers"] = shape["num_hidden_layers"]
+        if shape["vocab_size"] is None:
+            shape["vocab_size"] = len(tokenizer)
+        check_vocab_size(tokenizer, shape["vocab_size"])
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**shape, **special))
+
+
+@dataclass(kw_only=True)
+class PretrainedArguments:
+    """The checkpoint that training starts from. A dense LLaMA is upcycled: its lower layers become the backbone, its
+    upper ones are copied into every head. A NeuroTrails LLaMA goes on as it is. All else comes from the checkpoint.
+
+    Args:
+        from_pretrained: Folder or hub id of the checkpoint.
+        num_ensemble_heads: Ensemble heads, M; a dense checkpoint has to be told.
+        num_head_layers: Layers of each ensemble head, B; a dense checkpoint has to be told.
+        vote: How the heads' outputs become one prediction; null takes the checkpoint's, `probs` if it is dense.
+        noise: Standard deviation of the noise that sets the copies of a dense checkpoint apart, as a share of the
+            standard deviation of each weight; masks set them apart as well.
+        attn_implementation: How attention is computed.
+    """
+
+    from_pretrained: str
+    num_ensemble_heads: int | None = None
+    num_head_layers: int | None = None
+    vote: Literal["probs", "logits"] | None = None
+    noise: float = 0.0
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
+        """The checkpoint's network in float32, with the heads asked for; noise is keyed by torch's seed."""
+        try:
+            source = AutoConfig.from_pretrained(self.from_pretrained)
+        except OSError as error:
+            raise ValueError(f"model.from_pretrained={self.from_pretrained!r}: cannot be loaded: {error}") from error
+        check_vocab_size(tokenizer, source.vocab_size)
+        load: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": self.attn_implementation}
+        if isinstance(source, NeuroTrailsLlamaConfig):
+            self._check_agreement(source)
+            return NeuroTrailsLlamaForCausalLM.from_pretrained(self.from_pretrained, **load)
+        for name in ("num_ensemble_heads", "num_head_layers"):
+            remedy = f"say how the dense checkpoint {self.from_pretrained!r} is to be split"
+            check(getattr(self, name) is not None, f"model.{name}", None, remedy)
+        assert self.num_ensemble_heads is not None
+        assert self.num_head_layers is not None
+        return NeuroTrailsLlamaForCausalLM.from_dense(
+            self.from_pretrained,
+            self.num_ensemble_heads,
+            self.num_head_layers,
+            vote=self.vote or "probs",
+            noise=self.noise,
+            seed=torch.initial_seed(),
+            **load,
+        )
+
+    def _check_agreement(self, source: NeuroTrailsLlamaConfig) -> None:
+        remedy = f"the checkpoint {self.from_pretrained!r} has heads already: leave the field out"
+        for name in ("num_ensemble_heads", "num_head_layers", "vote"):
+            value = getattr(self, name)
+            check(value in (None, getattr(source, name)), f"model.{name}", value, remedy)
+        check(self.noise == 0, "model.noise", self.noise, remedy)
+
 
 @dataclass(kw_only=True)
 class TextTrainingConfig(TrainingConfig):
@@ -76,6 +144,24 @@ class TextTrainingConfig(TrainingConfig):
     data: TextDataConfig
 
 
+@dataclass(kw_only=True)
+class ContinuedTextTrainingConfig(TrainingConfig):
+    """Training that starts from a checkpoint, dense or NeuroTrails.
+
+    Args:
+        model: The checkpoint, and the heads that a dense one gets.
+        data: Where the text comes from and how it becomes sequences of tokens.
+    """
+
+    model: PretrainedArguments
+    data: TextDataConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity.mask_init is None:
+            self.sparsity = replace(self.sparsity, mask_init="soft_magnitude")
+
+
 class TextTask:
     """A NeuroTrails LLaMA and its text, for the training loop.
 
@@ -83,11 +169,10 @@ class TextTask:
         ValueError: tokenizer, text or shape of the network are unusable or do not fit together.
     """
 
-    def __init__(self, config: TextTrainingConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: TextTrainingConfig | ContinuedTextTrainingConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        model_config = self._model_config()
         shares = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         self.training = training_sequences(
             config.data, self.tokenizer, batch_size=config.per_device_batch_size, seed=config.seed, **shares
@@ -97,17 +182,7 @@ class TextTask:
             config.data.num_workers,
         )
         set_seed(config.seed)
-        self.model: nn.Module = NeuroTrailsLlamaForCausalLM(model_config)
-
-    def _model_config(self) -> NeuroTrailsLlamaConfig:
-        shape = asdict(self.config.model)
-        if shape["num_head_layers"] is None:
-            shape["num_head_layers"] = shape["num_hidden_layers"]
-        if shape["vocab_size"] is None:
-            shape["vocab_size"] = len(self.tokenizer)
-        check_vocab_size(self.tokenizer, shape["vocab_size"])
-        special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return NeuroTrailsLlamaConfig(**shape, **special)
+        self.model: nn.Module = config.model.build(self.tokenizer)
 
     def batches(self, position: Position | None) -> Iterator[Batch]:
         if position is not None:
@@ -132,7 +207,7 @@ class TextTask:
         return scores.figures(network.config.vote)
 
 
-def train_language_model(config: TextTrainingConfig) -> dict[str, Any]:
+def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfig) -> dict[str, Any]:
     """Trains as `config` says and leaves a Hub checkpoint in `config.output_dir`.
 
     Returns:
