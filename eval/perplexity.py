@@ -80,7 +80,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
 
 
 def show(results: dict[str, Any]) -> None:
-    row = "{:<28}{:>12}{:>12}{:>10}{:>12}  {}".format
+    row = "{:<28}{:>12}{:>12}{:>10}{:>14}  {}".format
     print(row("model", "perplexity", "parameters", "non-zero", "disagreement", "heads alone"))
     for name, figures in results.items():
         if "parameters" not in figures:

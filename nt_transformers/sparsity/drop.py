@@ -40,4 +40,4 @@ def soft_magnitude(
     """
     keys = torch.rand(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
     keys.log_().neg_().log_().sub_(weight.abs().log_(), alpha=temperature)
-    return largest(keys.clamp_(max=torch.finfo(keys.dtype).max), mask, count, generator)
+    return largest(keys, mask, count, generator)

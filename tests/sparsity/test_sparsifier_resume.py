@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from sparse_training import METHODS, OPTIMIZERS, Bare, frozen_sgd, make_config, make_network, train_step
-from torch import nn
 
 from nt_transformers.sparsity import Sparsifier
 
@@ -31,6 +30,11 @@ def through_safetensors(state: dict[str, Any]) -> dict[str, Any]:
     for part in parts:
         rest[part] = {key.removeprefix(f"{part}/"): t for key, t in tensors.items() if key.startswith(f"{part}/")}
     return rest
+
+
+def make_sparsifier(*shapes: tuple[int, ...], total_steps: int = 9, method: str = "rigl", **fields: Any) -> Sparsifier:
+    model = Bare(*shapes)
+    return Sparsifier(model, frozen_sgd(model), make_config(method, **fields), total_steps=total_steps)
 
 
 @pytest.mark.parametrize("optimizer_name", ["momentum", "adam"])
@@ -63,17 +67,23 @@ def test_resume_equals_the_run_that_was_never_stopped(
     assert sparsifier.summary() == resumed_sparsifier.summary()
 
 
+def test_each_update_draws_anew() -> None:
+    def masks_after(update: int) -> torch.Tensor:
+        sparsifier = make_sparsifier((20, 20), method="set", update_interval=1, drop_schedule="constant")
+        sparsifier.load_state_dict(sparsifier.state_dict() | {"steps": update - 1})
+        sparsifier.step()
+        return sparsifier.masks["weights.0"]
+
+    assert torch.equal(masks_after(1), masks_after(1))
+    assert not torch.equal(masks_after(1), masks_after(2))
+
+
 def test_state_has_one_bit_per_weight() -> None:
     model = Bare((123, 45))
     state = Sparsifier(model, frozen_sgd(model), make_config("rigl"), total_steps=9).state_dict()
     for part in ("masks", "explored"):
         assert state[part]["weights.0"].dtype == torch.uint8
         assert state[part]["weights.0"].numel() == (123 * 45 + 7) // 8
-
-
-def make_sparsifier(*shapes: tuple[int, ...], total_steps: int = 9, **fields: Any) -> Sparsifier:
-    model: nn.Module = Bare(*shapes)
-    return Sparsifier(model, frozen_sgd(model), make_config("rigl", **fields), total_steps=total_steps)
 
 
 @pytest.mark.parametrize(
