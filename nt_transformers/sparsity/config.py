@@ -83,7 +83,7 @@ class SparsityConfig:
             `soft_magnitude`: drawn without replacement, with probability proportional to |weight| ** temperature,
             another draw for each tensor, so that equal heads get different masks. The last two remove zeros before
             anything else: a sparse checkpoint keeps all of its weights at its own density and distribution. Not used
-            by `gmp`. Default `random`; in the recipes `soft_magnitude` where training starts from a checkpoint.
+            by `gmp`. Default `random`; recipes that start from a checkpoint choose by magnitude.
         drop: Which active weights go. `magnitude`: the smallest. `soft_magnitude`: those that stay are drawn without
             replacement, with probability proportional to |weight| ** temperature. Default `magnitude`;
             `neurotrails_llm` `soft_magnitude`.

@@ -2,6 +2,8 @@
 """Sparse training under Hugging Face's Trainer."""
 
 import copy
+import json
+import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from nt_transformers.sparsity import SparsityConfig
 from nt_transformers.training import SparsifierCallback
 
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "finetune_trainer.py"
 SPARSITY = {"method": "rigl", "density": 0.5, "update_interval": 2, "stop_fraction": 1.0}
 
 
@@ -244,3 +247,31 @@ class TestMistakes:
             make_trainer("other", max_steps=4, sparsity={"density": 0.4}).train(resume_from_checkpoint=checkpoint)
         with pytest.raises(ValueError, match=r"total_steps=6"):
             make_trainer("longer", max_steps=6).train(resume_from_checkpoint=checkpoint)
+
+
+def test_the_recipe_fine_tunes_a_sparse_checkpoint(
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    corpus_dir: Path,
+    tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_trainer("trained").train()
+    checkpoint = tmp_path / "trained" / "checkpoint-8"
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(checkpoint)
+    before = AutoModelForCausalLM.from_pretrained(checkpoint)
+    training = {"output_dir": tmp_path / "tuned", "max_steps": 20, "learning_rate": 0.03, "logging_steps": 5}
+    quiet = {"use_cpu": True, "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True}
+    options = [f"--training.{name}={value}" for name, value in (training | quiet).items()]
+    sparsity = ["--sparsity.density=0.5", "--sparsity.update_interval=5"]
+    source = [f"--model={checkpoint}", f"--train={corpus_dir}", "--max_length=16"]
+    monkeypatch.setattr("sys.argv", [str(RECIPE), *source, *sparsity, *options])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+
+    state = json.loads((tmp_path / "tuned" / "checkpoint-20" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    for model in (before, after):
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+        assert sum(int(p.count_nonzero()) for p in matrices) <= 0.5 * sum(p.numel() for p in matrices)
