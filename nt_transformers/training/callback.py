@@ -3,6 +3,9 @@
 
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,6 +28,9 @@ class SparsifierCallback(TrainerCallback):
     Trainer clips by the norm of all gradients, those of removed weights included. To clip by the norm of the weights
     that exist, set `TrainingArguments(max_grad_norm=0)` and give `max_grad_norm` here.
 
+    The loss has to be the model's own. TRL's SFTTrainer computes another, from one output layer only, and leaves the
+    other heads without gradients: override its `compute_loss` by `transformers.Trainer.compute_loss`.
+
     Args:
         config: Which weights exist and how that changes. For a model that has been trained before, dense or sparse,
             set `mask_init="soft_magnitude"` or `"magnitude"`.
@@ -46,9 +52,9 @@ class SparsifierCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check(args)
-        # Accelerate's wrapper passes state on to torch's optimizer, which holds the state itself.
-        optimizer: Optimizer = kwargs["optimizer"].optimizer
+        wrapper: AcceleratedOptimizer = kwargs["optimizer"]
+        self._check(args, wrapper.accelerator_state)
+        optimizer = wrapper.optimizer
         saved = optimizer.param_groups[0].pop(_STATE, None)
         if state.global_step > 0 and saved is None:
             raise ValueError(
@@ -83,14 +89,16 @@ class SparsifierCallback(TrainerCallback):
         # Optimizers load the options of parameter groups as they are, known or not.
         state_dict["param_groups"][0][_STATE] = self.sparsifier.state_dict()
 
-    def _check(self, args: TrainingArguments) -> None:
-        unsupported = {"deepspeed": args.deepspeed_plugin is not None, "fsdp": bool(args.fsdp), "fp16": args.fp16}
-        for name, used in unsupported.items():
-            if used:
-                raise ValueError(
-                    f"{name}={getattr(args, name)!r} in TrainingArguments: SparsifierCallback supports one process or "
-                    "data-parallel ones, in float32 or bf16; leave it out."
-                )
+    def _check(self, args: TrainingArguments, engine: AcceleratorState) -> None:
+        if engine.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+            raise ValueError(
+                f"distributed_type={engine.distributed_type.value}: SparsifierCallback supports one process or "
+                "data-parallel ones, each with the whole model; leave the engine out."
+            )
+        if engine.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision={engine.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
+            )
         if self.max_grad_norm is not None and args.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm} in TrainingArguments and {self.max_grad_norm} in "

@@ -5,6 +5,8 @@ import copy
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +16,13 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -219,15 +220,20 @@ def test_clipping_by_the_weights_that_exist(make_trainer: MakeTrainer) -> None:
 
 
 class TestMistakes:
-    @pytest.mark.parametrize("field", ["fp16", "fsdp", "deepspeed"])
-    def test_engines(self, field: str) -> None:
-        arguments = {"fp16": False, "fsdp": None, "deepspeed": None, "deepspeed_plugin": None, "max_grad_norm": 1.0}
-        arguments[field] = "deepspeed.json" if field == "deepspeed" else True
-        arguments["deepspeed_plugin"] = arguments["deepspeed"]
-        callback = SparsifierCallback(SparsityConfig(**SPARSITY))
-        with pytest.raises(ValueError, match=rf"{field}=.*float32 or bf16"):
-            callback.on_train_begin(
-                SimpleNamespace(**arguments), TrainerState(), TrainerControl(), model=make_model(), optimizer=None
+    @pytest.mark.parametrize(
+        ("engine", "message"),
+        [
+            ({"distributed_type": DistributedType.DEEPSPEED}, "distributed_type=DEEPSPEED.*leave the engine out"),
+            ({"distributed_type": DistributedType.FSDP}, "distributed_type=FSDP.*leave the engine out"),
+            ({"mixed_precision": "fp16"}, "mixed_precision='fp16'.*bf16"),
+        ],
+    )
+    def test_engines(self, make_trainer: MakeTrainer, engine: dict[str, Any], message: str) -> None:
+        state = SimpleNamespace(**{"distributed_type": DistributedType.NO, "mixed_precision": "no", **engine})
+        trainer = make_trainer()
+        with pytest.raises(ValueError, match=message):
+            callback_of(trainer).on_train_begin(
+                trainer.args, trainer.state, trainer.control, optimizer=SimpleNamespace(accelerator_state=state)
             )
 
     def test_clipping_twice(self, make_trainer: MakeTrainer) -> None:
@@ -275,3 +281,41 @@ def test_the_recipe_fine_tunes_a_sparse_checkpoint(
     for model in (before, after):
         matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
         assert sum(int(p.count_nonzero()) for p in matrices) <= 0.5 * sum(p.numel() for p in matrices)
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from transformers import Trainer, TrainingArguments
+from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_transformers.sparsity import SparsityConfig
+from nt_transformers.training import SparsifierCallback
+folder, batch_size, processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+config = NeuroTrailsLlamaConfig(vocab_size=50, **shape, num_ensemble_heads=2, num_head_layers=1)
+rows = torch.randint(50, (64, 12))
+callback = SparsifierCallback(SparsityConfig(density=0.5, update_interval=2, stop_fraction=1.0))
+arguments = TrainingArguments(
+    folder, max_steps=8, save_strategy="no", per_device_train_batch_size=batch_size, use_cpu=True, report_to="none",
+    learning_rate=1e-2, max_grad_norm=0.0, optim="sgd", disable_tqdm=True, dataloader_pin_memory=False,
+)
+data = [{"input_ids": row, "labels": row} for row in rows]
+trainer = Trainer(NeuroTrailsLlamaForCausalLM(config), arguments, train_dataset=data, callbacks=[callback])
+trainer.train()
+assert arguments.world_size == processes
+torch.save(callback.sparsifier.state_dict()["masks"], f"{folder}_{arguments.process_index}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_masks_of_one(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        script = ["train.py", f"of_{processes}", str(8 // processes), str(processes)]
+        run = subprocess.run([*launch, *script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("of_1_0", "of_2_0", "of_2_1"))
+    for masks in two:
+        torch.testing.assert_close(masks, one, rtol=0, atol=0)
