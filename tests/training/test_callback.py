@@ -305,6 +305,8 @@ trainer = Trainer(NeuroTrailsLlamaForCausalLM(config), arguments, train_dataset=
 trainer.train()
 assert arguments.world_size == processes
 torch.save(callback.sparsifier.state_dict()["masks"], f"{folder}_{arguments.process_index}.pt")
+# Gloo's threads abort the process if the interpreter ends first.
+trainer.accelerator.end_training()
 """
 
 
