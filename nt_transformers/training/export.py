@@ -1,12 +1,13 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """The finished network as a Hub checkpoint."""
 
+import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 
 CARD_TEMPLATE = """---
@@ -61,21 +62,33 @@ the first head only.
 """
 
 
+class Processor(Protocol):
+    """A tokenizer or an image processor."""
+
+    def save_pretrained(self, save_directory: Path) -> Any: ...
+
+
 def export_checkpoint(
-    output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]
+    output_dir: Path,
+    model: PreTrainedModel,
+    processor: Processor,
+    card: ModelCard,
+    summary: dict[str, Any],
 ) -> None:
-    """Writes weights, configurations, modelling code, tokenizer and model card, each file whole or not at all."""
+    """Writes weights, configurations, modelling code, processor, model card and `summary.json`,
+    each file whole or not at all."""
     partial = output_dir / "export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    model_card(output_dir.resolve().name, model, summary).save(partial / "README.md")
+    processor.save_pretrained(partial)
+    card.save(partial / "README.md")
+    (partial / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     for path in partial.iterdir():
         path.replace(output_dir / path.name)
     partial.rmdir()
 
 
-def model_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
+def language_model_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
     """The card of a trained language model, filled with the measured figures of `summary`."""
     config, run = model.config, summary["config"]
     perplexity = {

@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Training a NeuroTrails LLaMA on text, from configuration to Hub checkpoint."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,8 +23,9 @@ from ..data import (
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from .config import TrainingConfig, check
-from .export import export_checkpoint
-from .loop import Batch, Position, TrainingLoop
+from .export import export_checkpoint, language_model_card
+from .loop import Batch, Position
+from .run import make_accelerator, run_training
 
 
 @dataclass(kw_only=True)
@@ -169,6 +169,8 @@ class TextTask:
         ValueError: tokenizer, text or shape of the network are unusable or do not fit together.
     """
 
+    items: Literal["tokens"] = "tokens"
+
     def __init__(self, config: TextTrainingConfig | ContinuedTextTrainingConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -216,36 +218,11 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
-        )
+    accelerator = make_accelerator(config)
     task = TextTask(config, accelerator)
-    loop = TrainingLoop(config, task, accelerator)
-    if config.report_to:
-        run_name = config.run_name or Path(config.output_dir).name
-        accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
-    loop.run()
-    accelerator.end_training()
-    network = accelerator.unwrap_model(loop.model)
-    topology = loop.sparsifier.summary()
-    summary = {
-        "steps": loop.step,
-        "tokens": loop.items,
-        "parameters": network.num_parameters(),
-        "active_parameters": network.num_parameters() - (topology.numel - topology.nonzeros),
-        "density": topology.density,
-        "explored": topology.explored,
-        **loop.last_evaluation,
-        "config": config.identity(),
-    }
+    network, summary = run_training(config, task, accelerator)
     if accelerator.is_main_process:
-        export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        card = language_model_card(Path(config.output_dir).resolve().name, network, summary)
+        export_checkpoint(Path(config.output_dir), network, task.tokenizer, card, summary)
     accelerator.wait_for_everyone()
     return summary
