@@ -6,6 +6,18 @@ from nt_transformers.models.neurotrails_llama import (
     NeuroTrailsLlamaForCausalLM,
     NeuroTrailsLlamaModel,
 )
+from nt_transformers.models.neurotrails_wide_resnet import (
+    NeuroTrailsWideResNetConfig,
+    NeuroTrailsWideResNetForImageClassification,
+    NeuroTrailsWideResNetModel,
+)
 
 
-__all__ = ["NeuroTrailsLlamaConfig", "NeuroTrailsLlamaForCausalLM", "NeuroTrailsLlamaModel"]
+__all__ = [
+    "NeuroTrailsLlamaConfig",
+    "NeuroTrailsLlamaForCausalLM",
+    "NeuroTrailsLlamaModel",
+    "NeuroTrailsWideResNetConfig",
+    "NeuroTrailsWideResNetForImageClassification",
+    "NeuroTrailsWideResNetModel",
+]
