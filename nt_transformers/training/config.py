@@ -3,7 +3,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..sparsity import SparsityConfig
 
@@ -70,6 +70,8 @@ class TrainingConfig:
         report_to: Trackers that get the metrics besides `metrics.jsonl`, one or a list.
         run_name: Name of the run in the trackers; null takes the name of `output_dir`.
     """
+
+    free_on_resume: ClassVar[frozenset[str]] = FREE_ON_RESUME
 
     output_dir: str
     sparsity: SparsityConfig
@@ -150,7 +152,7 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that a resumed run must share with the one it continues, as `{dotted name: value}`."""
         flat = flatten(dataclasses.asdict(self))
-        return {name: value for name, value in flat.items() if name not in FREE_ON_RESUME}
+        return {name: value for name, value in flat.items() if name not in self.free_on_resume}
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

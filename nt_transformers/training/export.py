@@ -10,6 +10,20 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 
+CITATION = """
+## Citation
+
+```bibtex
+@article{grooten2025neurotrails,
+  title={NeuroTrails: Training with Dynamic Sparse Heads as the Key to Effective Ensembling},
+  author={Grooten, Bram and Hasanov, Farid and Zhang, Chenxiang and Xiao, Qiao and Wu, Boqian and Atashgahi, Zahra and
+    Sokar, Ghada and Liu, Shiwei and Yin, Lu and Mocanu, Elena and Pechenizkiy, Mykola and Mocanu, Decebal Constantin},
+  journal={arXiv preprint arXiv:2505.17909},
+  year={2025}
+}
+```
+"""
+
 CARD_TEMPLATE = """---
 {{ card_data }}
 ---
@@ -47,19 +61,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 `trust_remote_code=True` is not needed where `nt_transformers` is imported. `model.active_heads = 1` votes with
 the first head only.
-
-## Citation
-
-```bibtex
-@article{grooten2025neurotrails,
-  title={NeuroTrails: Training with Dynamic Sparse Heads as the Key to Effective Ensembling},
-  author={Grooten, Bram and Hasanov, Farid and Zhang, Chenxiang and Xiao, Qiao and Wu, Boqian and Atashgahi, Zahra and
-    Sokar, Ghada and Liu, Shiwei and Yin, Lu and Mocanu, Elena and Pechenizkiy, Mykola and Mocanu, Decebal Constantin},
-  journal={arXiv preprint arXiv:2505.17909},
-  year={2025}
-}
-```
-"""
+""" + CITATION
 
 
 class Processor(Protocol):
