@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode, v2
-from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from torchvision.transforms import v2
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from ..sparsity.selection import keyed_generator
@@ -52,20 +52,42 @@ def evaluation_transform(config: ImageDataConfig) -> Transform:
     """From any image to one of the network's size, as the checkpoint's image processor makes it."""
     if config.crop != "resized":
         return v2.Resize((config.image_size, config.image_size))
-    return v2.Compose([v2.Resize(int(config.image_size / config.center_crop)), v2.CenterCrop(config.image_size)])
+    return v2.Compose([v2.Resize(_shorter_side(config)), v2.CenterCrop(config.image_size)])
 
 
-def image_processor(config: ImageDataConfig) -> ViTImageProcessorPil | ConvNextImageProcessorPil:
+def _shorter_side(config: ImageDataConfig) -> int:
+    """Of the resized image, before the centre is cut out of it."""
+    return round(config.image_size / config.center_crop)
+
+
+def image_processor(config: ImageDataConfig) -> ViTImageProcessorPil | BitImageProcessorPil:
     """The image processor that prepares images as `evaluation_transform` and the normalisation of training do."""
-    common = {
-        "resample": InterpolationMode.BILINEAR,
-        "image_mean": config.mean,
-        "image_std": config.std,
-    }
-    if config.crop == "resized":
-        size = {"shortest_edge": config.image_size}
-        return ConvNextImageProcessorPil(size=size, crop_pct=config.center_crop, **common)
-    return ViTImageProcessorPil(size={"height": config.image_size, "width": config.image_size}, **common)
+    square = {"height": config.image_size, "width": config.image_size}
+    common = {"resample": Image.Resampling.BILINEAR, "image_mean": config.mean, "image_std": config.std}
+    if config.crop != "resized":
+        return ViTImageProcessorPil(size=square, **common)
+    # What the processor converts to is RGB, whatever the network takes.
+    resized = {"shortest_edge": _shorter_side(config)}
+    return BitImageProcessorPil(size=resized, crop_size=square, do_convert_rgb=config.num_channels == 3, **common)
+
+
+def preparation_of(processor: Any) -> ImageDataConfig:
+    """The inverse of `image_processor`: how a checkpoint's images are prepared for evaluation.
+
+    Raises:
+        ValueError: the processor does not resize to a square, or to a shorter side of which it takes a square centre.
+    """
+    size, crop = processor.size, getattr(processor, "crop_size", None)
+    common = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+    if size.get("height") and size.get("height") == size.get("width"):
+        return ImageDataConfig(image_size=size["height"], crop="none", **common)
+    if size.get("shortest_edge") and crop and crop["height"] == crop["width"]:
+        share = crop["height"] / size["shortest_edge"]
+        return ImageDataConfig(image_size=crop["height"], crop="resized", center_crop=share, **common)
+    raise ValueError(
+        f"image processor: size={size}, crop_size={crop}: expected a square size, or a shortest_edge with a square "
+        "crop_size, as the checkpoints of the training recipe have."
+    )
 
 
 class ImagePreparation:
@@ -183,7 +205,8 @@ class EvaluationBatches(Dataset[Batch]):
         images: Images to evaluate on.
         config: How they are prepared.
         batch_size: Images in a batch.
-        change: Applied to each image at the network's size before normalisation, with its number in the data set.
+        corruption: Applied to each image at the network's size before normalisation; gets its number in the data set
+            as well.
         rank: Number of this process.
         world_size: Number of processes.
     """
@@ -194,7 +217,7 @@ class EvaluationBatches(Dataset[Batch]):
         config: ImageDataConfig,
         *,
         batch_size: int,
-        change: Callable[[Image.Image, int], Image.Image] | None = None,
+        corruption: Callable[[Image.Image, int], Image.Image] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -202,7 +225,7 @@ class EvaluationBatches(Dataset[Batch]):
         self.batch_size = batch_size
         self.preparation = ImagePreparation(images, config)
         self.transform = evaluation_transform(config)
-        self.change = change
+        self.corruption = corruption
 
     def __len__(self) -> int:
         return -(-len(self.share) // self.batch_size)
@@ -212,14 +235,15 @@ class EvaluationBatches(Dataset[Batch]):
         if number >= len(self):
             raise IndexError(number)
         indices = self.share[number * self.batch_size : (number + 1) * self.batch_size]
-        return self.preparation.collate([self._prepared(index) for index in indices], indices)
+        return self.preparation.collate([self.prepared(index) for index in indices], indices)
 
-    def _prepared(self, index: int) -> Image.Image | None:
+    def prepared(self, index: int) -> Image.Image | None:
+        """Image number `index` of the data set before normalisation; None if it is damaged and to be skipped."""
         image = self.preparation.read(index)
         if image is None:
             return None
         image = self.transform(image)
-        return image if self.change is None else self.change(image, index)
+        return image if self.corruption is None else self.corruption(image, index)
 
 
 @contextmanager
