@@ -71,13 +71,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     clean = load(args.data)
     result: dict[str, Any] = {"clean": test.on(clean)}
     if args.corruptions:
-        folder = args.corrupted or args.write_corrupted
         if args.write_corrupted:
-            missing = [kind for kind in args.corruptions if not (folder / f"{kind}.npy").exists()]
-            write_corrupted(clean, preparation, folder, missing, args.num_workers)
-        result["corrupted"] = test.on_corrupted(
-            None if folder else clean, folder, corruptions=args.corruptions, severities=args.severities
-        )
+            missing = [kind for kind in args.corruptions if not (args.write_corrupted / f"{kind}.npy").exists()]
+            write_corrupted(clean, preparation, args.write_corrupted, missing, args.num_workers)
+        images = args.corrupted or args.write_corrupted or clean
+        result["corrupted"] = test.on_corrupted(images, args.corruptions, args.severities)
     if args.shifted:
         result["shifted"] = {source: test.on(load(source)) for source in args.shifted}
     return result

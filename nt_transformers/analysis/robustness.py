@@ -38,12 +38,11 @@ class RobustnessTest:
 
     def on_corrupted(
         self,
-        images: LabelledImages | None = None,
-        folder: Path | None = None,
+        images: LabelledImages | Path,
         corruptions: Sequence[str] = CORRUPTIONS,
         severities: Sequence[int] = SEVERITIES,
     ) -> dict[str, Any]:
-        """Figures under corruption, made of clean `images` or read from a `folder` (CIFAR-C's or ImageNet-C's form).
+        """Figures under corruption of clean `images`, or of those that a folder holds in CIFAR-C's or ImageNet-C's form.
 
         Returns:
             `mean` over corruptions and severities (its accuracy, NLL and ECE are known as cAcc, cNLL and cECE),
@@ -52,18 +51,18 @@ class RobustnessTest:
         Raises:
             ValueError: a corruption or severity does not exist.
         """
-        assert (images is None) != (folder is None), "one source"
         pairs = list(itertools.product(corruptions, severities))
-        if folder is None:
-            # All of them first, so that a mistake shows before hours of work.
-            made = {(name, severity): Corruption(name, severity) for name, severity in pairs}
-            scores = {pair: self._score(images, self.preparation, made[pair]) for pair in pairs}
-        else:
+        # All of them are looked up before any is measured: a mistake shows before hours of work.
+        if isinstance(images, Path):
             class_names = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
-            read = {(name, severity): load_corrupted(folder, name, severity, class_names) for name, severity in pairs}
+            read = [load_corrupted(images, name, severity, class_names) for name, severity in pairs]
             # They were brought to the network's size before they were corrupted.
             whole = replace(self.preparation, crop="none")
-            scores = {pair: self._score(read[pair], whole) for pair in pairs}
+            figures = [self._score(each, whole) for each in read]
+        else:
+            made = [Corruption(name, severity) for name, severity in pairs]
+            figures = [self._score(images, self.preparation, corruption) for corruption in made]
+        scores = dict(zip(pairs, figures, strict=True))
         found = {name: {severity: scores[name, severity] for severity in severities} for name in corruptions}
         return {
             "mean": mean_figures(figures for each in found.values() for figures in each.values()),
@@ -74,9 +73,8 @@ class RobustnessTest:
         }
 
     def _score(
-        self, images: LabelledImages | None, preparation: ImageDataConfig, corruption: Corruption | None = None
+        self, images: LabelledImages, preparation: ImageDataConfig, corruption: Corruption | None = None
     ) -> Figures:
-        assert images is not None
         batches = EvaluationBatches(images, preparation, batch_size=self.batch_size, corruption=corruption)
         return score_classifier(self.model, evaluation_loader(batches, self.num_workers))
 

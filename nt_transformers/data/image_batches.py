@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,13 @@ def evaluation_transform(config: ImageDataConfig) -> Transform:
     """From any image to one of the network's size, as the checkpoint's image processor makes it."""
     if config.crop != "resized":
         return v2.Resize((config.image_size, config.image_size))
-    return v2.Compose([v2.Resize(_shorter_side(config)), v2.CenterCrop(config.image_size)])
+    return v2.Compose([v2.Resize(_shorter_side(config)), partial(_center_crop, size=config.image_size)])
+
+
+def _center_crop(image: Image.Image, size: int) -> Image.Image:
+    # Where the margins differ, torchvision's rounds to the even number, the image processor down.
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def _shorter_side(config: ImageDataConfig) -> int:

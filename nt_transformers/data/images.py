@@ -262,7 +262,8 @@ class TableImages(LabelledImages):
         encoded = self.table[index][self.column]
         if encoded is None:
             raise ValueError("it is null")
-        return Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
+        content = encoded["bytes"]
+        return Image.open(io.BytesIO(content if content is not None else Path(encoded["path"]).read_bytes()))
 
     def place(self, index: int) -> str:
         return f"image {index} of {self.source!r}"
@@ -287,7 +288,7 @@ class FolderImages(LabelledImages):
         return repr(str(self.folder))
 
     def _open(self, index: int) -> Image.Image:
-        return Image.open(self.paths[index])
+        return Image.open(io.BytesIO(Path(self.paths[index]).read_bytes()))
 
     def place(self, index: int) -> str:
         return self.paths[index]
