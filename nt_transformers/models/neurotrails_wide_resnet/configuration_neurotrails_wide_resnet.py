@@ -14,7 +14,8 @@ class NeuroTrailsWideResNetConfig(PreTrainedConfig):
     The network has `num_blocks = (depth - 4) / 2` residual blocks. The first `num_blocks - num_head_blocks` form the
     backbone, which runs once; the last `num_head_blocks` are built once for each ensemble head, each with its own
     batch norms and classifier. The split may lie within a stage. One head is the single network.
-    `num_head_blocks == num_blocks` leaves no backbone: the heads then have stems of their own and form a full ensemble.
+    `num_head_blocks == num_blocks` leaves no backbone: the heads then have stems of their own and form a full
+    ensemble.
 
     Args:
         num_channels: of the images.
