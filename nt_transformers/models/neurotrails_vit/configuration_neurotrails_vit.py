@@ -51,7 +51,7 @@ class NeuroTrailsViTConfig(ViTConfig):
         return self.num_hidden_layers - self.num_head_layers
 
     def validate_ensemble(self) -> None:
-        """The heads, their depth, classes and vote make sense; raises `ValueError` if not."""
+        """The heads, their depth and their vote make sense; raises `ValueError` if not."""
         if self.num_ensemble_heads < 1:
             raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: use 1 head (the single network) or more.")
         if not 0 <= self.num_head_layers <= self.num_hidden_layers:
@@ -62,13 +62,6 @@ class NeuroTrailsViTConfig(ViTConfig):
         if self.vote not in ("probs", "logits"):
             raise ValueError(
                 f'vote={self.vote!r}: choose "probs" (mean of probabilities) or "logits" (mean of logits).'
-            )
-        if (self.num_labels or 0) < 2:
-            raise ValueError(f"num_labels={self.num_labels}: the heads vote over 2 classes or more.")
-        if self.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"problem_type={self.problem_type!r}: the heads vote over classes that exclude each other; leave the "
-                'field out or use "single_label_classification".'
             )
 
 
