@@ -73,7 +73,7 @@ def test_config_round_trip_keeps_the_split(family, tmp_path):
     config = make_config(family, 0, num_ensemble_heads=5, vote="logits")
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert loaded.to_dict() == config.to_dict()
+    assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
 
 
 PROCESSORS = {
@@ -94,7 +94,7 @@ def test_image_processor_is_found_by_the_model_and_saved_with_it(family, tmp_pat
     processor(**options, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     assert type(loaded) is processor
-    assert loaded.image_mean == [0.1, 0.2, 0.3]
+    assert tuple(loaded.image_mean) == (0.1, 0.2, 0.3)
 
 
 @every_family
@@ -120,7 +120,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 for folder in sys.argv[1:]:
     expected = load_file(f"{folder}/expected.safetensors")
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).num_ensemble_heads == 3
-    assert AutoImageProcessor.from_pretrained(folder, trust_remote_code=True).image_mean == [0.1, 0.2, 0.3]
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert tuple(processor.image_mean) == (0.1, 0.2, 0.3)
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert torch.equal(base(expected["images"]).last_hidden_state, expected["hidden_states"])
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)

@@ -277,7 +277,7 @@ def test_mixed_precision_and_half_weights(family, head_depth):
     half = model.to(torch.bfloat16)(make_images(), labels=LABELS)
     for out in (mixed, half):
         assert (out.logits.dtype, out.loss.dtype) == (torch.bfloat16, torch.float32)
-        torch.testing.assert_close(out.logits.float(), expected.logits, rtol=0.1, atol=0.3)
+        assert (out.logits - expected.logits).norm() < 0.1 * expected.logits.norm()
         torch.testing.assert_close(out.loss, expected.loss, rtol=0.1, atol=0.1)
 
 
