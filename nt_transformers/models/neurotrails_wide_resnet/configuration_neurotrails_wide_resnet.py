@@ -14,7 +14,8 @@ class NeuroTrailsWideResNetConfig(PreTrainedConfig):
     The network has `num_blocks = (depth - 4) / 2` residual blocks. The first `num_blocks - num_head_blocks` form the
     backbone, which runs once; the last `num_head_blocks` are built once for each ensemble head, each with its own
     batch norms and classifier. The split may lie within a stage. One head is the single network.
-    `num_head_blocks == num_blocks` leaves no backbone: the heads then have stems of their own and form a full ensemble.
+    `num_head_blocks == num_blocks` leaves no backbone: the heads then have stems of their own and form a full
+    ensemble.
 
     Args:
         num_channels: of the images.
@@ -76,7 +77,7 @@ class NeuroTrailsWideResNetConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: use 1 or more.")
 
     def validate_ensemble(self) -> None:
-        """The heads, their depth, classes and vote make sense; raises `ValueError` if not."""
+        """The heads, their depth and their vote make sense; raises `ValueError` if not."""
         if self.num_ensemble_heads < 1:
             raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: use 1 head (the single network) or more.")
         if not 0 <= self.num_head_blocks <= self.num_blocks:
@@ -87,13 +88,6 @@ class NeuroTrailsWideResNetConfig(PreTrainedConfig):
         if self.vote not in ("probs", "logits"):
             raise ValueError(
                 f'vote={self.vote!r}: choose "probs" (mean of probabilities) or "logits" (mean of logits).'
-            )
-        if (self.num_labels or 0) < 2:
-            raise ValueError(f"num_labels={self.num_labels}: the heads vote over 2 classes or more.")
-        if self.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"problem_type={self.problem_type!r}: the heads vote over classes that exclude each other; leave the "
-                'field out or use "single_label_classification".'
             )
 
 

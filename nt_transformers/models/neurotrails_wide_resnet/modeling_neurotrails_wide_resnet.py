@@ -10,7 +10,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,6 +59,17 @@ def _vote(head_logits: torch.Tensor, vote: str) -> torch.Tensor:
     return head_logits.mean(0)
 
 
+def _check_classes(num_labels: int | None, problem_type: str | None) -> int:
+    if num_labels is None or num_labels < 2:
+        raise ValueError(f"num_labels={num_labels}: the heads vote over classes; use 2 or more.")
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"problem_type={problem_type!r}: the heads vote over classes that exclude each other; leave it out or use "
+            '"single_label_classification".'
+        )
+    return num_labels
+
+
 def _check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
     if pixel_values is None:
         raise ValueError("pixel_values=None: give the images, [batch, channels, height, width].")
@@ -88,7 +99,9 @@ def _check_labels(labels: torch.Tensor, head_logits: torch.Tensor) -> None:
         )
 
 
-def _head_losses(head_logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+def _head_losses(
+    head_logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
     """Cross-entropy [heads] of [heads, batch, classes] with class indices or probabilities, in nats, float32."""
     labels = labels.to(head_logits.device)
     targets = labels.float() if labels.is_floating_point() else labels.long()
@@ -234,13 +247,18 @@ class NeuroTrailsWideResNetModel(NeuroTrailsWideResNetPreTrainedModel):
 
 
 class NeuroTrailsWideResNetForImageClassification(NeuroTrailsWideResNetPreTrainedModel):
-    """`NeuroTrailsWideResNetModel` with a classifier for each head; predicts by vote."""
+    """`NeuroTrailsWideResNetModel` with a classifier for each head; predicts by vote.
+
+    Raises:
+        ValueError: the configuration's `num_labels` or `problem_type` is not that of classes which exclude each other.
+    """
 
     def __init__(self, config: NeuroTrailsWideResNetConfig) -> None:
         super().__init__(config)
+        num_labels = _check_classes(config.num_labels, config.problem_type)
         self.wide_resnet = NeuroTrailsWideResNetModel(config)
         self.classifiers = nn.ModuleList(
-            nn.Linear(config.hidden_sizes[-1], cast(int, config.num_labels)) for _ in range(config.num_ensemble_heads)
+            nn.Linear(config.hidden_sizes[-1], num_labels) for _ in range(config.num_ensemble_heads)
         )
         self.post_init()
 
