@@ -80,10 +80,10 @@ def _corrupt_function() -> Any:
     try:
         import cv2
         from imagecorruptions import corrupt
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise ValueError(
-            f"making corruptions needs the package {error.name!r}: pip install nt_transformers[robustness], or name a "
-            "folder of corrupted images."
+            f"corruptions are made by the package imagecorruptions ({error}): pip install nt_transformers[robustness], "
+            "or name a folder of corrupted images."
         ) from error
     # A process that reads ahead is a fork, and would wait for threads that only its parent has.
     cv2.setNumThreads(0)

@@ -81,18 +81,21 @@ def preparation_of(processor: Any) -> ImageDataConfig:
     """The inverse of `image_processor`: how a checkpoint's images are prepared for evaluation.
 
     Raises:
-        ValueError: the processor does not resize to a square, or to a shorter side of which it takes a square centre.
+        ValueError: the processor does not resize, bilinearly, to a square or to a shorter side of which it takes a
+            square centre.
     """
     size, crop = processor.size, getattr(processor, "crop_size", None)
     common = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
-    if size.get("height") and size.get("height") == size.get("width"):
+    bilinear = processor.resample == Image.Resampling.BILINEAR
+    if bilinear and size.get("height") and size.get("height") == size.get("width"):
         return ImageDataConfig(image_size=size["height"], crop="none", **common)
-    if size.get("shortest_edge") and crop and crop["height"] == crop["width"]:
+    if bilinear and size.get("shortest_edge") and crop and crop["height"] == crop["width"]:
         share = crop["height"] / size["shortest_edge"]
         return ImageDataConfig(image_size=crop["height"], crop="resized", center_crop=share, **common)
     raise ValueError(
-        f"image processor: size={size}, crop_size={crop}: expected a square size, or a shortest_edge with a square "
-        "crop_size, as the checkpoints of the training recipe have."
+        f"image processor: size={size}, crop_size={crop}, resample={processor.resample}: expected, with bilinear "
+        "resampling (2), a square size or a shortest_edge with a square crop_size, as the checkpoints of the training "
+        "recipe have."
     )
 
 

@@ -222,7 +222,7 @@ def test_evaluation_sees_what_the_image_processor_makes(
 def test_a_processor_of_another_kind_is_refused() -> None:
     processor = image_processor(ImageDataConfig())
     processor.size = {"height": 20, "width": 30}
-    with pytest.raises(ValueError, match="expected a square size"):
+    with pytest.raises(ValueError, match="expected, with bilinear"):
         preparation_of(processor)
 
 
