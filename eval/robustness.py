@@ -46,12 +46,18 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--corrupted", type=Path, metavar="DIR", help="corrupted images, as CIFAR-C's or ImageNet-C's")
     source.add_argument("--write_corrupted", type=Path, metavar="DIR", help="make them once, in CIFAR-C's form")
-    parser.add_argument("--corruptions", nargs="*", default=CORRUPTIONS, help="which ones (default: the 15; may be none)")
+    parser.add_argument(
+        "--corruptions", nargs="*", default=CORRUPTIONS, help="which ones (default: the 15; may be none)"
+    )
     parser.add_argument("--severities", nargs="+", type=int, default=SEVERITIES, help="which ones (default: 1 to 5)")
-    parser.add_argument("--shifted", action="append", default=[], metavar="DIR", help="folder of classes, other domain")
+    parser.add_argument(
+        "--shifted", action="append", default=[], metavar="DIR", help="folder of classes, other domain"
+    )
     parser.add_argument("--batch_size", type=int, default=128, help="images at a time (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy over severity")
     return parser.parse_args()

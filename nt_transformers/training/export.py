@@ -24,7 +24,8 @@ CITATION = """
 ```
 """
 
-CARD_TEMPLATE = """---
+CARD_TEMPLATE = (
+    """---
 {{ card_data }}
 ---
 
@@ -61,7 +62,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 `trust_remote_code=True` is not needed where `nt_transformers` is imported. `model.active_heads = 1` votes with
 the first head only.
-""" + CITATION
+"""
+    + CITATION
+)
 
 
 class Processor(Protocol):

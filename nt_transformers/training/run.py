@@ -29,7 +29,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def run_training(config: TrainingConfig, task: Task, accelerator: Accelerator) -> tuple[PreTrainedModel, dict[str, Any]]:
+def run_training(
+    config: TrainingConfig, task: Task, accelerator: Accelerator
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Trains `task` to the end.
 
     Returns:

@@ -15,7 +15,6 @@ from nt_transformers.data.images import ImageDataConfig, load_images
 CLASSES = ["n01", "n02", "n03"]
 
 
-
 @pytest.fixture(scope="module")
 def image() -> Image.Image:
     """A smooth picture with edges, 32 x 32."""

@@ -203,9 +203,7 @@ def test_all_images_train_when_none_are_held_out(run_config: RunConfig) -> None:
     ids=["single", "full ensemble"],
 )
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_whole_family_trains_dense(
-    run_config: RunConfig, network: str, model: dict[str, Any], heads: int
-) -> None:
+def test_the_whole_family_trains_dense(run_config: RunConfig, network: str, model: dict[str, Any], heads: int) -> None:
     shape = {"model_type": f"neurotrails_{network}", "shape": NETWORKS[network]}
     config = run_config(shape | model, sparsity={"method": "dense"}, max_steps=1, checkpoint_steps=None)
     summary = train_image_classifier(config)
