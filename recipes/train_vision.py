@@ -3,8 +3,8 @@
 
 accelerate launch recipes/train_vision.py --config recipes/configs/cifar100_wrn28_10.yaml
 
-A second --config overrides the first (recipes/configs/vision_variants/), any field can be given again as --field value:
-... --config recipes/configs/vision_variants/single.yaml --data.train FOLDER --output_dir runs/single
+A second --config overrides the first (recipes/configs/vision_variants/), any field can be given again as
+--field value: ... --config recipes/configs/vision_variants/single.yaml --data.train FOLDER --output_dir runs/single
 """
 
 from nt_transformers.training import parse_arguments

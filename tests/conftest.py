@@ -84,8 +84,8 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder in ImageNet's layout: `train/` and `val/`, classes `n01`, `n02` and `n03` told apart by their brightness, 12 and 4
-    images each of 40 to 60 pixels a side."""
+    """Folder in ImageNet's layout: `train/` and `val/`, classes `n01`, `n02` and `n03` told apart by their brightness,
+    12 and 4 images each of 40 to 60 pixels a side."""
     import numpy as np
     from PIL import Image
 

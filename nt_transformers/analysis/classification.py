@@ -52,7 +52,7 @@ class ClassifierScores(nn.Module):
 
     def figures(self, vote: str) -> dict[str, Any]:
         """Every figure of the model's own vote ("probs" or "logits") by its name, of each vote with the suffix
-        `_probs_vote` and `_logits_vote`, and of the heads as a list with the suffix `_heads`; `disagreement`; `images`."""
+        `_probs_vote` and `_logits_vote`, of the heads as a list with the suffix `_heads`; `disagreement`; `images`."""
         *heads, probs, logits = [member.figures() for member in self.members]
         result: dict[str, Any] = dict({"probs": probs, "logits": logits}[vote])
         for name in probs:

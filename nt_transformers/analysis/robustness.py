@@ -42,7 +42,7 @@ class RobustnessTest:
         corruptions: Sequence[str] = CORRUPTIONS,
         severities: Sequence[int] = SEVERITIES,
     ) -> dict[str, Any]:
-        """Figures under corruption of clean `images`, or of those that a folder holds in CIFAR-C's or ImageNet-C's form.
+        """Figures under corruption of clean `images`, or of those in a folder of CIFAR-C's or ImageNet-C's form.
 
         Returns:
             `mean` over corruptions and severities (its accuracy, NLL and ECE are known as cAcc, cNLL and cECE),

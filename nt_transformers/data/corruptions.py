@@ -82,7 +82,7 @@ def _corrupt_function() -> Any:
         from imagecorruptions import corrupt
     except ImportError as error:
         raise ValueError(
-            f"corruptions are made by the package imagecorruptions ({error}): pip install nt_transformers[robustness], "
+            f"corruptions are made by the package imagecorruptions ({error}): pip install nt_transformers[robustness] "
             "or name a folder of corrupted images."
         ) from error
     # A process that reads ahead is a fork, and would wait for threads that only its parent has.

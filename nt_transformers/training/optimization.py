@@ -34,8 +34,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of optimizer step `step` (the first is 1).
 
-    Rises linearly to the peak over the warm-up, then falls to `min_lr_ratio` of it at `max_steps`; `multistep` falls by
-    `lr_decay` at each milestone.
+    Rises linearly to the peak over the warm-up, then falls to `min_lr_ratio` of it at `max_steps`; `multistep` falls
+    by `lr_decay` at each milestone.
     """
     warmup_steps = round(config.warmup_ratio * config.max_steps)
     if step <= warmup_steps:

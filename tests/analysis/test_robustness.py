@@ -68,7 +68,7 @@ def test_means_are_taken_head_by_head() -> None:
 
 def test_plot(tmp_path: Path) -> None:
     figures: dict[str, Any] = {"accuracy": 0.9, "accuracy_heads": [0.8, 0.7]}
-    result = {"clean": figures, "corrupted": {"by_severity": {severity: figures for severity in range(1, 6)}}}
+    result = {"clean": figures, "corrupted": {"by_severity": dict.fromkeys(range(1, 6), figures)}}
     plot_severity({"a": result, "b": result}, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size == (900, 600)
 
