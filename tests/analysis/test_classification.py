@@ -2,10 +2,13 @@
 """Figures of classifiers against a slow reference."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed, multiprocessing
 
 from nt_transformers.analysis.classification import ClassifierScores
 
@@ -76,3 +79,29 @@ def test_probabilities_that_round_above_one_are_not_taken_for_logits() -> None:
     scores = ClassifierScores(3, 2)
     scores.update(logits, torch.zeros(64, dtype=torch.int64))
     assert scores.figures("probs")["ece"] == pytest.approx(0, abs=1e-6)
+
+
+def score_share(rank: int, folder: Path) -> None:
+    """What process `rank` of two does: figures of every second image."""
+    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    logits, labels = torch.load(folder / "images.pt")
+    scores = ClassifierScores(2, 5)
+    scores.update(logits[:, rank::2], labels[rank::2])
+    (folder / f"{rank}.json").write_text(json.dumps(scores.figures("probs")))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_the_figures(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 31, 5, generator=generator), torch.randint(5, (31,), generator=generator)
+    torch.save((logits, labels), tmp_path / "images.pt")
+    multiprocessing.start_processes(score_share, (tmp_path,), nprocs=2, start_method="spawn")
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other
+    whole = ClassifierScores(2, 5)
+    whole.update(logits, labels)
+    expected = whole.figures("probs")
+    assert one.keys() == expected.keys()
+    for name, value in expected.items():
+        assert one[name] == pytest.approx(value, abs=1e-6)

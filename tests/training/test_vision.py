@@ -104,6 +104,7 @@ def test_from_a_folder_in_imagenets_layout_to_a_checkpoint_that_loads(
     config = run_config(
         model={"model_type": "neurotrails_resnet", "shape": NETWORKS["resnet"]},
         max_steps=40,
+        checkpoint_steps=40,
         learning_rate=0.1,
         channels_last=True,
         data={"label_smoothing": 0.1},
