@@ -34,7 +34,7 @@ class ClassifierScores(nn.Module):
 
     def __init__(self, num_heads: int, num_classes: int) -> None:
         super().__init__()
-        self.members = nn.ModuleList(_MemberScores(num_classes) for _ in range(num_heads + len(VOTES)))
+        self.members: Any = nn.ModuleList(_MemberScores(num_classes) for _ in range(num_heads + len(VOTES)))
         self.disagreement = MeanMetric()
         self.images = SumMetric()
 

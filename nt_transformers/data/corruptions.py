@@ -8,7 +8,7 @@ were chosen for 32 x 32 pixels. Figures under the one do not compare with figure
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ class _MadeImages(Dataset[np.ndarray]):
     """Each image under several corruptions: uint8 `[corruptions, height, width, 3]`, or without the 3 if grey."""
 
     def __init__(self, images: LabelledImages, config: ImageDataConfig, corruptions: Sequence[Corruption]) -> None:
-        self.clean = EvaluationBatches(images, config, batch_size=1)
+        self.clean = EvaluationBatches(images, replace(config, skip_damaged_images=False), batch_size=1)
         self.corruptions = corruptions
 
     def __len__(self) -> int:
@@ -192,4 +192,5 @@ class _MadeImages(Dataset[np.ndarray]):
 
     def __getitem__(self, index: int) -> np.ndarray:
         image = self.clean.prepared(index)
+        assert image is not None, "damaged images stop here, so that every number has its image"
         return np.stack([np.asarray(corrupt(image, index)) for corrupt in self.corruptions])

@@ -69,7 +69,7 @@ def _shorter_side(config: ImageDataConfig) -> int:
 def image_processor(config: ImageDataConfig) -> ViTImageProcessorPil | BitImageProcessorPil:
     """The image processor that prepares images as `evaluation_transform` and the normalisation of training do."""
     square = {"height": config.image_size, "width": config.image_size}
-    common = {"resample": Image.Resampling.BILINEAR, "image_mean": config.mean, "image_std": config.std}
+    common: dict[str, Any] = {"resample": Image.Resampling.BILINEAR, "image_mean": config.mean, "image_std": config.std}
     if config.crop != "resized":
         return ViTImageProcessorPil(size=square, **common)
     # What the processor converts to is RGB, whatever the network takes.
@@ -85,7 +85,7 @@ def preparation_of(processor: Any) -> ImageDataConfig:
             square centre.
     """
     size, crop = processor.size, getattr(processor, "crop_size", None)
-    common = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+    common: dict[str, Any] = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
     bilinear = processor.resample == Image.Resampling.BILINEAR
     if bilinear and size.get("height") and size.get("height") == size.get("width"):
         return ImageDataConfig(image_size=size["height"], crop="none", **common)

@@ -46,8 +46,10 @@ class Task(Protocol):
     """What the loop trains: one kind of network on one kind of data."""
 
     model: nn.Module
-    # What the loss averages over, as the metrics name it.
-    items: Literal["tokens", "images"]
+
+    @property
+    def items(self) -> Literal["tokens", "images"]:
+        """What the loss averages over, as the metrics name it."""
 
     def batches(self, position: Position | None) -> Iterator[Batch]:
         """Endless micro-batches for this process; each holds the model's inputs and `position`, the place in the data

@@ -56,7 +56,7 @@ class ClassifierArguments:
         Raises:
             ValueError: a field of `shape` does not exist, or a value is out of its range.
         """
-        config_class = type(AutoConfig.for_model(self.model_type))
+        config_class: Any = type(AutoConfig.for_model(self.model_type))
         known = {entry.name for entry in dataclasses.fields(config_class)}
         unknown = sorted(set(self.shape) - known)
         check(not unknown, "model.shape", unknown, f"no fields of {config_class.__name__}")

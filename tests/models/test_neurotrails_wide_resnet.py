@@ -17,7 +17,7 @@ from nt_transformers import NeuroTrailsWideResNetConfig, NeuroTrailsWideResNetFo
         (100, {"num_ensemble_heads": 3, "num_head_blocks": 8}, 106.3),
         (100, {"num_ensemble_heads": 3, "num_head_blocks": 12}, 109.5),
         (10, {"num_ensemble_heads": 1, "depth": 40, "widen_factor": 4}, 8.9),
-        (10, {"num_ensemble_heads": 1, "depth": 16, "widen_factor": 8}, 11.0),
+        (10, {"num_ensemble_heads": 1, "num_head_blocks": 4, "depth": 16, "widen_factor": 8}, 11.0),
     ],
 )
 def test_parameter_counts_are_the_published_ones(classes, overrides, millions):

@@ -281,6 +281,7 @@ def test_mixed_precision_and_half_weights(family, head_depth):
         torch.testing.assert_close(out.loss, expected.loss, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 @middle_split
 def test_compiles_as_one_graph(family, head_depth):
     model = make_classifier(family, head_depth)

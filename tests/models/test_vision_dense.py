@@ -61,7 +61,7 @@ def test_noise_is_relative_to_each_heads_weight(family):
     model = STOCK[family].classifier.from_dense(dense, 2, 2, noise=0.1, seed=1)
     plain = STOCK[family].classifier.from_dense(dense, 2, 2).state_dict()
     for name, weight in model.state_dict().items():
-        if "heads." not in name and "classifiers." not in name or "running" in name:
+        if ("heads." not in name and "classifiers." not in name) or "running" in name:
             assert torch.equal(weight, plain[name]), name
         elif weight.ndim in (2, 4) and weight.numel() > 300:
             assert float((weight - plain[name]).std() / plain[name].std()) == pytest.approx(0.1, rel=0.2), name

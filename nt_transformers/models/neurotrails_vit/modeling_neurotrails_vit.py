@@ -327,7 +327,8 @@ class NeuroTrailsViTForImageClassification(NeuroTrailsViTPreTrainedModel):
             "num_head_layers": num_head_layers,
             "vote": vote,
         }
-        with no_init_weights():
+        # Stock ViT draws its embeddings even where no weight is to be initialized.
+        with no_init_weights(), torch.random.fork_rng(devices=[]):
             model = cls._from_config(
                 NeuroTrailsViTConfig(**_shared_fields(dense.config), **split),
                 dtype=dense.dtype,
