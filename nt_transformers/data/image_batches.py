@@ -69,7 +69,11 @@ def _shorter_side(config: ImageDataConfig) -> int:
 def image_processor(config: ImageDataConfig) -> ViTImageProcessorPil | BitImageProcessorPil:
     """The image processor that prepares images as `evaluation_transform` and the normalisation of training do."""
     square = {"height": config.image_size, "width": config.image_size}
-    common: dict[str, Any] = {"resample": Image.Resampling.BILINEAR, "image_mean": config.mean, "image_std": config.std}
+    common: dict[str, Any] = {
+        "resample": Image.Resampling.BILINEAR,
+        "image_mean": config.mean,
+        "image_std": config.std,
+    }
     if config.crop != "resized":
         return ViTImageProcessorPil(size=square, **common)
     # What the processor converts to is RGB, whatever the network takes.
