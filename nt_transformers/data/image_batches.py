@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,10 +172,13 @@ class TrainingBatches(Dataset[Batch]):
         mixing = [v2.MixUp(alpha=config.mixup, **classes)] if config.mixup else []
         mixing += [v2.CutMix(alpha=config.cutmix, **classes)] if config.cutmix else []
         self.mixing = v2.RandomChoice(mixing) if mixing else None
-        self.order = lru_cache(2)(self._order)
+        self.orders: dict[int, np.ndarray] = {}
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+        """Numbers of the images in the order of the epoch; the last one asked for is kept."""
+        if epoch not in self.orders:
+            self.orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.images))}
+        return self.orders[epoch]
 
     def start_at(self, position: Mapping[str, int] | None) -> int:
         """Place in the stream of a batch's `position`; None is the beginning."""
@@ -186,7 +189,7 @@ class TrainingBatches(Dataset[Batch]):
         images, indices = [], []
         for place in range(first, first + self.batch_size):
             epoch, index = divmod(place, len(self.images))
-            indices.append(int(self.order(epoch)[index]))
+            indices.append(int(self._order(epoch)[index]))
             images.append(self._augmented(epoch, indices[-1]))
         batch = self.preparation.collate(images, indices)
         batch["pixel_values"], batch["labels"] = self._mixed(first, batch["pixel_values"], batch["labels"])

@@ -4,6 +4,7 @@
 import itertools
 import json
 import logging
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,12 @@ def test_resume_after_every_batch(augmentation: dict[str, Any]) -> None:
 def test_workers_change_nothing(augmentation: dict[str, Any]) -> None:
     source = batches(SmallImages(10), config(**augmentation))
     assert same(take(source, 6, workers=2), take(source, 6))
+
+
+@AUGMENTATIONS
+def test_batches_reach_workers_that_are_no_forks(augmentation: dict[str, Any]) -> None:
+    source = batches(SmallImages(10), config(**augmentation))
+    assert same([pickle.loads(pickle.dumps(source))[30]], [source[30]])
 
 
 def test_mixup_mixes_images_as_it_mixes_labels() -> None:
