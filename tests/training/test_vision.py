@@ -78,7 +78,7 @@ def run_config(tmp_path: Path, image_folder: Path) -> RunConfig:
             "train": str(image_folder),
             "test_split": "val",
             "validation_size": 6,
-            "image_size": 32,
+            "image_size": 16,
             "crop": "resized",
             "num_workers": 0,
         }
