@@ -122,8 +122,8 @@ class VisionTask:
         )
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         set_seed(config.seed)
-        model = config.model.build(config.data, training.class_names)
-        self.model: nn.Module = model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.model: nn.Module = config.model.build(config.data, training.class_names)
+        self.model.to(memory_format=self.memory_format)
 
     def batches(self, position: Position | None) -> Iterator[Batch]:
         return iter(training_loader(self.training, position, self.config.data.num_workers))
