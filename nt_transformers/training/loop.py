@@ -214,7 +214,7 @@ class TrainingLoop:
         """What the main process is to save; every process has to call this."""
         process = {"random": random_states(self.accelerator.device), "window_losses": self.window_losses.tolist()}
         training = {
-            "optimizer": whole_optimizer_state(self.network, self.optimizer.optimizer),
+            "optimizer": whole_optimizer_state(self.optimizer.optimizer, self.accelerator),
             "sparsifier": self.sparsifier.state_dict(),
             "processes": gather_object([process]),
         }
@@ -270,7 +270,7 @@ class TrainingLoop:
         weights, training, state = load_checkpoint(folder)
         self._check_same_run(folder, state["config"])
         load_weights(self.network, weights)
-        load_optimizer_state(self.network, self.optimizer.optimizer, training["optimizer"])
+        load_optimizer_state(self.optimizer.optimizer, training["optimizer"])
         self.sparsifier.load_state_dict(training["sparsifier"])
         self.step, self.items, self.position = state["step"], state["items"], state["position"]
         self.last_evaluation = state["last_evaluation"]
