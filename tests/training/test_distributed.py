@@ -37,7 +37,9 @@ def train_alone(tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path) -> Any:
 
     def train(data: str, folder: Path = tmp_path / "alone") -> Path:
         train_language_model(
-            RUNS["config"](folder, str(corpus_dir), str(tokenizer_dir), data, per_device_batch_size=4)
+            RUNS["config"](
+                folder, str(corpus_dir), str(tokenizer_dir), data, per_device_batch_size=4, mixed_precision="no"
+            )
         )
         return folder
 
@@ -132,3 +134,11 @@ def test_both_engines_leave_the_same_hub_checkpoint(runs: Path, data: str) -> No
         assert (fsdp / name).read_bytes() == (ddp / name).read_bytes(), name
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (fsdp, ddp))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_sharded_bf16_keeps_float32_weights(runs: Path) -> None:
+    folder = runs / "fsdp_padded_bf16"
+    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.float32}
+    losses, exact = ([line["loss"] for line in metrics(f) if "loss" in line] for f in (folder, runs / "fsdp_padded"))
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=0.02)

@@ -2,7 +2,7 @@
 """Trains on text by DDP and by FSDP2, and resumes those runs after their second checkpoint.
 
 Usage: torchrun --nproc_per_node 2 text_runs.py FOLDER CORPUS TOKENIZER
-Leaves FOLDER/<engine>_<data> and FOLDER/<engine>_<data>_resumed.
+Leaves FOLDER/<engine>_<data>, FOLDER/<engine>_<data>_resumed, and FOLDER/fsdp_padded_bf16.
 """
 
 import os
@@ -41,6 +41,8 @@ class ShardingAccelerator(Accelerator):
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
+        if self.mixed_precision != "no":
+            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
 
 def config(folder: Path, corpus: str, tokenizer: str, data: str, **fields: Any) -> TextTrainingConfig:
@@ -98,6 +100,7 @@ def main() -> None:
         for data in DATA
         for suffix in ("", "_resumed")
     ]
+    runs.append(("fsdp", "padded", "fsdp_padded_bf16"))
     for engine, data, name in runs:
         with ExitStack() as stack:
             if name != runs[-1][2]:
@@ -109,7 +112,8 @@ def main() -> None:
                 if os.environ["RANK"] == "0":
                     copy_checkpoints(folder / name.removesuffix("_resumed"), folder / name)
                 torch.distributed.barrier()
-            train_language_model(config(folder / name, corpus, tokenizer, data))
+            precision = "bf16" if name.endswith("_bf16") else "no"
+            train_language_model(config(folder / name, corpus, tokenizer, data, mixed_precision=precision))
             AcceleratorState._reset_state()
 
 
