@@ -142,3 +142,4 @@ def test_sharded_bf16_keeps_float32_weights(runs: Path) -> None:
     losses, exact = ([line["loss"] for line in metrics(f) if "loss" in line] for f in (folder, runs / "fsdp_padded"))
     assert losses != exact
     assert losses == pytest.approx(exact, rel=0.02)
+    assert torch.tensor(losses).bfloat16().tolist() != losses, "sums of losses are float32"
