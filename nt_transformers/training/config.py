@@ -23,6 +23,9 @@ FREE_ON_RESUME = frozenset(
         "eval_steps",
         "checkpoint_steps",
         "keep_last",
+        "keep_every",
+        "on_non_finite",
+        "data.on_bad_record",
         "data.num_workers",
     }
 )
@@ -59,7 +62,10 @@ class TrainingConfig:
         logging_steps: Steps between two lines of metrics.
         eval_steps: Steps between two evaluations on held-out data; null for one at the end only.
         checkpoint_steps: Steps between two checkpoints; null for none.
-        keep_last: How many checkpoints are kept.
+        keep_last: How many of the newest checkpoints are kept.
+        keep_every: Checkpoints of steps that are multiples of this are kept as well; null for none.
+        on_non_finite: What to do when a loss or gradient is NaN or infinite: `stop`, or `skip` the batch. The step
+            counts only once a batch is finite.
         resume_from_checkpoint: A checkpoint folder, or `latest`: the newest complete one of `output_dir`, if any.
         overwrite_output_dir: Delete the run that `output_dir` holds and start anew.
         report_to: Trackers that get the metrics besides `metrics.jsonl`, one or a list.
@@ -87,6 +93,8 @@ class TrainingConfig:
     eval_steps: int | None = None
     checkpoint_steps: int | None = None
     keep_last: int = 2
+    keep_every: int | None = None
+    on_non_finite: Literal["stop", "skip"] = "stop"
     resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
     report_to: Tracker | list[Tracker] = field(default_factory=list)
@@ -96,7 +104,7 @@ class TrainingConfig:
         for name in ("max_steps", "global_batch_size", "per_device_batch_size", "logging_steps", "keep_last"):
             value = getattr(self, name)
             check(value >= 1, name, value, "give a whole number of at least 1")
-        for name in ("eval_steps", "checkpoint_steps"):
+        for name in ("eval_steps", "checkpoint_steps", "keep_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "give a whole number of at least 1, or null")
         for name in ("warmup_ratio", "min_lr_ratio"):

@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Training a NeuroTrails LLaMA on text, from configuration to Hub checkpoint."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -215,6 +214,7 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
 
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+        Interrupted, NonFiniteError, CheckpointError: see `TrainingLoop.run`.
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -246,6 +246,5 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     }
     if accelerator.is_main_process:
         export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     accelerator.wait_for_everyone()
     return summary
