@@ -19,6 +19,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..validation import check, check_types
+
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +71,14 @@ class TextDataConfig:
     num_workers: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("train", "text_column", "tokenizer"):
-            if not getattr(self, field):
-                raise ValueError(f"data.{field} is empty: name one.")
-        if self.sequence_length < 2:
-            raise ValueError(f"data.sequence_length is {self.sequence_length}: predicting a token takes at least 2.")
-        if self.eval_tokens < 1:
-            raise ValueError(f"data.eval_tokens is {self.eval_tokens}: an evaluation needs at least 1.")
-        if self.num_workers not in (0, 1):
-            raise ValueError(f"data.num_workers is {self.num_workers}: choose 0 (in the training process) or 1.")
+        check_types(self, "data.")
+        for field in ("train", "validation", "name", "text_column", "tokenizer"):
+            check(getattr(self, field) != "", f"data.{field}", "", "name one")
+        remedy = "predicting a token takes at least 2"
+        check(self.sequence_length >= 2, "data.sequence_length", self.sequence_length, remedy)
+        check(self.eval_tokens >= 1, "data.eval_tokens", self.eval_tokens, "an evaluation needs at least 1")
+        remedy = "choose 0 (in the training process) or 1"
+        check(self.num_workers in (0, 1), "data.num_workers", self.num_workers, remedy)
 
     def load(self, split: str) -> Documents:
         """Load the documents of `split`, "train" or "validation"; errors as for `load_documents`."""

@@ -2,10 +2,15 @@
 """Command lines of the recipes: YAML files plus any field again as an option."""
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+from .checkpoint import CheckpointError
+from .nonfinite import NonFiniteError
 
 
 Config = TypeVar("Config")
@@ -42,3 +47,25 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         return config_class(**vars(parser.instantiate(fields)))
     except ValueError as error:
         parser.error(str(error))
+
+
+def run_recipe(
+    config_class: type[Config],
+    train: Callable[[Config], object],
+    description: str,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """A recipe's whole program: builds the configuration as `parse_arguments` does and trains.
+
+    Mistakes, in the configuration or in what it names, end the program with exit code 2 and one message; a full disk or
+    numbers that are not finite with exit code 1 and one; SIGTERM and SIGINT with 75 once a checkpoint is saved. With
+    `python -X dev` errors keep their tracebacks.
+    """
+    config = parse_arguments(config_class, description, arguments)
+    try:
+        train(config)
+    except (ValueError, CheckpointError, NonFiniteError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

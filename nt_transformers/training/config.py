@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..sparsity import SparsityConfig
+from ..validation import check, check_types
 
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
@@ -29,12 +30,6 @@ FREE_ON_RESUME = frozenset(
         "data.num_workers",
     }
 )
-
-
-def check(valid: bool, name: str, value: object, remedy: str) -> None:
-    """Raises a `ValueError` that names the field, its value and the remedy, unless `valid`."""
-    if not valid:
-        raise ValueError(f"{name}={value!r}: {remedy}")
 
 
 @dataclass(kw_only=True)
@@ -101,6 +96,10 @@ class TrainingConfig:
     run_name: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("output_dir", "resume_from_checkpoint", "run_name"):
+            check(getattr(self, name) != "", name, "", "name one, or leave the field out")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "give a number from 0 up to 2**32 - 1")
         for name in ("max_steps", "global_batch_size", "per_device_batch_size", "logging_steps", "keep_last"):
             value = getattr(self, name)
             check(value >= 1, name, value, "give a whole number of at least 1")
@@ -113,7 +112,7 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             check(0 <= value < 1, name, value, "give a number from 0 up to, not including, 1")
-        check(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "give a positive number")
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "give a positive number")
         check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "give a positive number")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or a positive number")
         check(
