@@ -23,7 +23,7 @@ def check(valid: bool, name: str, value: object, remedy: str) -> None:
 
 
 def check_types(config: "DataclassInstance", name: str = "") -> None:
-    """Raises a `ValueError` unless every field of a dataclass holds what its annotation says.
+    """Raises a `ValueError` unless every field of a dataclass holds what its annotation says; makes floats of integers.
 
     Stricter than Python where the difference would surface late: no truth values for numbers, no NaN or infinity, no
     integers beyond 64 bits, no text that could not be part of a path or file.
@@ -37,6 +37,9 @@ def check_types(config: "DataclassInstance", name: str = "") -> None:
     for field in fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         check(_fits(value, hint), name + field.name, value, f"set it to {_words(hint)}")
+        if hint in (float, float | None) and value is not None:
+            # Some of torch's optimizers ask for floats.
+            setattr(config, field.name, float(value))
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -78,7 +81,9 @@ def _words(hint: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
-        return f"an integer of {value.bit_length()} bits"
-    shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    try:
+        shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except ValueError:
+        # Python refuses to write integers of thousands of digits.
+        return f"<{type(value).__name__} with an integer of thousands of digits>"
     return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}..."

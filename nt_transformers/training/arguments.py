@@ -1,13 +1,14 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Command lines of the recipes: YAML files plus any field again as an option."""
 
-from argparse import RawDescriptionHelpFormatter
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from .checkpoint import CheckpointError
 from .nonfinite import NonFiniteError
@@ -43,6 +44,9 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
     parser.add_class_arguments(config_class, as_group=False)
     fields = parser.parse_args(arguments)
     del fields["config"]
+    for name, hint in get_type_hints(config_class).items():
+        if is_dataclass(hint) and not isinstance(fields[name], Namespace):
+            parser.error(f"{name}={fields[name]!r}: give its fields, or leave it out for the defaults")
     try:
         return config_class(**vars(parser.instantiate(fields)))
     except ValueError as error:
@@ -57,9 +61,9 @@ def run_recipe(
 ) -> None:
     """A recipe's whole program: builds the configuration as `parse_arguments` does and trains.
 
-    Mistakes, in the configuration or in what it names, end the program with exit code 2 and one message; a full disk or
-    numbers that are not finite with exit code 1 and one; SIGTERM and SIGINT with 75 once a checkpoint is saved. With
-    `python -X dev` errors keep their tracebacks.
+    Mistakes, in the configuration or in what it names, end the program with exit code 2 and one message, a full disk
+    or numbers that are not finite with exit code 1 and one message, SIGTERM and SIGINT with exit code 75 once a
+    checkpoint is saved. With `python -X dev` errors keep their tracebacks.
     """
     config = parse_arguments(config_class, description, arguments)
     try:

@@ -196,9 +196,11 @@ class TestBadInput:
         (tmp_path / "shard.jsonl").write_text("")
         self.fails(run_config(data={"train": str(tmp_path), "validation": str(tmp_path)}), "empty")
 
-    def test_shape(self, run_config: RunConfig) -> None:
-        self.fails(run_config(model={"num_head_layers": 3}), "num_head_layers=3")
-        self.fails(run_config(model={"num_ensemble_heads": 0}), "num_ensemble_heads=0")
+    @pytest.mark.parametrize("shape", [{"num_head_layers": 3}, {"num_ensemble_heads": 0}, {"hidden_size": "wide"}])
+    def test_shape(self, run_config: RunConfig, shape: dict[str, Any]) -> None:
+        name, value = next(iter(shape.items()))
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            run_config(model=shape)
 
     def test_batch(self, run_config: RunConfig) -> None:
         self.fails(run_config(global_batch_size=6), "global_batch_size=6")

@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Configuration of LLaMA with ensemble heads."""
 
-import math
 from typing import Any
 
 import torch
@@ -23,6 +22,13 @@ _SIZES = (
     "max_position_embeddings",
     "num_ensemble_heads",
 )
+
+
+def _shown(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:
+        return "an integer of thousands of digits"
 
 
 @strict
@@ -89,7 +95,7 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         for name in _SIZES:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _LARGEST_SIZE:
-                raise ValueError(f"{name}={value}: give a whole number from 1 to {_LARGEST_SIZE}.")
+                raise ValueError(f"{name}={_shown(value)}: give a whole number from 1 to {_LARGEST_SIZE}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: make it a multiple of num_attention_heads="
@@ -111,30 +117,31 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         """Layers can be built and run with the other settings; raises `ValueError` if not."""
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"pad_token_id={self.pad_token_id}: choose a token below vocab_size={self.vocab_size}, or None."
+                f"pad_token_id={_shown(self.pad_token_id)}: choose a token below vocab_size={self.vocab_size}, or "
+                "leave it out."
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r}: choose one of {', '.join(sorted(ACT2FN))}.")
         for name in ("rms_norm_eps", "initializer_range", "attention_dropout"):
             value = getattr(self, name)
             if value is None or not 0 <= value <= 1:
-                raise ValueError(f"{name}={value}: give a number from 0 to 1.")
+                raise ValueError(f"{name}={_shown(value)}: give a number from 0 to 1.")
         dtype = getattr(torch, self.dtype, "") if isinstance(self.dtype, str) else self.dtype
         if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r}: name a type of torch, such as 'float32' or 'bfloat16'.")
-        rope = self.rope_parameters or {}
+            raise ValueError(f"dtype={_shown(self.dtype)}: name a type of torch, such as 'float32' or 'bfloat16'.")
+        rope: Any = self.rope_parameters or {}
         rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1)
         if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
             choices = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
-            raise ValueError(f"rope_parameters={rope}: choose a rope_type from {choices}.")
-        if not isinstance(theta, int | float) or not 0 < theta < math.inf:
-            raise ValueError(f"rope_parameters={rope}: give a positive number for rope_theta.")
+            raise ValueError(f"rope_parameters={_shown(rope)}: choose a rope_type from {choices}.")
+        if not isinstance(theta, int | float) or not 0 < theta < 1e30:
+            raise ValueError(f"rope_parameters={_shown(rope)}: give a positive number for rope_theta.")
 
     def validate_ensemble(self) -> None:
         """The heads, their depth and their vote make sense; raises `ValueError` if not."""
         if not 0 <= self.num_head_layers <= self.num_hidden_layers:
             raise ValueError(
-                f"num_head_layers={self.num_head_layers}: a head takes 0 to num_hidden_layers="
+                f"num_head_layers={_shown(self.num_head_layers)}: a head takes 0 to num_hidden_layers="
                 f"{self.num_hidden_layers} of the decoder layers; lower it or raise num_hidden_layers."
             )
         if self.vote not in ("probs", "logits"):
