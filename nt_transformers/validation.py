@@ -23,10 +23,10 @@ def check(valid: bool, name: str, value: object, remedy: str) -> None:
 
 
 def check_types(config: "DataclassInstance", name: str = "") -> None:
-    """Raises a `ValueError` unless every field of a dataclass holds what its annotation says; makes floats of integers.
+    """Raises a `ValueError` unless every field of a dataclass holds what its annotation says.
 
     Stricter than Python where the difference would surface late: no truth values for numbers, no NaN or infinity, no
-    integers beyond 64 bits, no text that could not be part of a path or file.
+    integers beyond 64 bits, no text that no file could hold. An integer given for a float becomes one.
 
     Args:
         config: An instance; annotations may be bool, int, float, str, None, literals, dataclasses, and sequences and

@@ -42,10 +42,15 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         "--config", action=ActionConfigFile, help="YAML file of fields; may be given several times, the last one wins"
     )
     parser.add_class_arguments(config_class, as_group=False)
-    fields = parser.parse_args(arguments)
+    sections = [name for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)]
+    try:
+        fields = parser.parse_args(arguments)
+    except Exception as error:
+        # Not those that jsonargparse reports itself: a section that is a text, for example, may be no path either.
+        parser.error(f"{error}: check that {', '.join(sections)} are given by their fields")
     del fields["config"]
-    for name, hint in get_type_hints(config_class).items():
-        if is_dataclass(hint) and not isinstance(fields[name], Namespace):
+    for name in sections:
+        if not isinstance(fields[name], Namespace):
             parser.error(f"{name}={fields[name]!r}: give its fields, or leave it out for the defaults")
     try:
         return config_class(**vars(parser.instantiate(fields)))
