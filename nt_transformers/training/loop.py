@@ -26,7 +26,14 @@ from torch import nn
 from tqdm import tqdm
 
 from ..sparsity import Sparsifier
-from .checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, rotate_checkpoints, save_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    find_damage,
+    load_checkpoint,
+    newest_checkpoint,
+    rotate_checkpoints,
+    save_checkpoint,
+)
 from .config import TrainingConfig
 from .export import remove_export
 from .interruption import Interrupted, StopSignals
@@ -283,12 +290,14 @@ class TrainingLoop:
         """The checkpoint to continue from; clears or protects what `output_dir` already holds."""
         if self.config.resume_from_checkpoint == "latest":
             return newest_checkpoint(self.checkpoints, self.accelerator.print)
-        if self.config.resume_from_checkpoint is not None:
-            return Path(self.config.resume_from_checkpoint)
-        if self.accelerator.is_main_process:
-            self._make_room()
-        self.accelerator.wait_for_everyone()
-        return None
+        folder = None if self.config.resume_from_checkpoint is None else Path(self.config.resume_from_checkpoint)
+        if folder is not None and (damage := find_damage(folder, contents=False)):
+            raise ValueError(f"resume_from_checkpoint={str(folder)!r}: it cannot be resumed: {damage}")
+        if folder is None or folder.resolve().parent != self.checkpoints.resolve():
+            if self.accelerator.is_main_process:
+                self._make_room()
+            self.accelerator.wait_for_everyone()
+        return folder
 
     def _make_room(self) -> None:
         if (self.output_dir / "metrics.jsonl").exists() and not self.config.overwrite_output_dir:
