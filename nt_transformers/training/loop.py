@@ -5,23 +5,22 @@ Notable:
 - the loss is the mean over all items (tokens, images) of the global batch, however it is split over processes and
   accumulation steps;
 - the sparsifier sees the gradient of the whole global batch;
-- the data position travels with each batch, so a checkpoint resumes bit for bit on one process.
+- the data position travels with each batch, so a checkpoint resumes bit for bit on as many processes as saved it;
+- a checkpoint holds whole tensors: any engine, and any number of processes, resumes it.
 """
 
 import contextlib
 import json
 import math
-import random
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import nn
 from tqdm import tqdm
 
@@ -35,11 +34,21 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainingConfig
+from .engine import check_shardable, root_gathered
 from .export import remove_export
 from .interruption import Interrupted, StopSignals
 from .metrics import MetricsLog
 from .nonfinite import NonFiniteError, NonFiniteGuard, all_finite, describe, describe_state, gradients
 from .optimization import build_optimizer, learning_rate
+from .state import (
+    load_optimizer_state,
+    load_weights,
+    own_tensors,
+    random_states,
+    restore_random_states,
+    whole_optimizer_state,
+    whole_weights,
+)
 
 
 Batch = dict[str, Any]
@@ -74,8 +83,8 @@ class TrainingLoop:
         accelerator: Device, precision and processes.
 
     Raises:
-        ValueError: the batch does not divide, `output_dir` holds another run, or the checkpoint to resume is damaged
-            or belongs to another configuration.
+        ValueError: the batch does not divide, the network cannot be sharded, `output_dir` holds another run, or the
+            checkpoint to resume is damaged or belongs to another configuration.
     """
 
     def __init__(self, config: TrainingConfig, task: Task, accelerator: Accelerator) -> None:
@@ -91,6 +100,8 @@ class TrainingLoop:
         self.guard = NonFiniteGuard(config.on_non_finite)
         self.stopping = False
 
+        if accelerator.is_fsdp2:
+            check_shardable(task.model)
         checkpoint = self._find_resume_point()
         self.model, self.optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config))
         self.network = accelerator.unwrap_model(self.model)
@@ -228,7 +239,8 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         self.network.eval()
-        self.last_evaluation = self.task.evaluate()
+        with root_gathered(self.network):
+            self.last_evaluation = self.task.evaluate()
         self.network.train()
         self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start
@@ -240,7 +252,7 @@ class TrainingLoop:
 
     def _check_weights(self) -> None:
         """Raises a `NonFiniteError` on all processes if a weight or a moment of the optimizer is not finite."""
-        culprits = describe_state(dict(_own_tensors(self.network)), self.optimizer.state)
+        culprits = describe_state(dict(own_tensors(self.network)), self.optimizer.state)
         broken = torch.tensor(int(bool(culprits)), device=self.accelerator.device)
         if self.accelerator.reduce(broken, "sum") > 0:
             raise NonFiniteError(
@@ -251,33 +263,17 @@ class TrainingLoop:
     def _save(self) -> None:
         start = time.perf_counter()
         self._check_weights()
-        error = self._write_checkpoint() if self.accelerator.is_main_process else None
+        contents = self._snapshot()
+        error = self._write_checkpoint(*contents) if self.accelerator.is_main_process else None
         failed = torch.tensor(int(error is not None), device=self.accelerator.device)
         # Also keeps the others from going on before the checkpoint is there.
         if self.accelerator.reduce(failed, "sum") > 0:
             raise error or CheckpointError(f"step {self.step}: the main process could not write the checkpoint")
         self.window_start += time.perf_counter() - start
 
-    def _write_checkpoint(self) -> CheckpointError | None:
-        weights = {name: value.detach().contiguous() for name, value in _own_tensors(self.network)}
-        training = {
-            "optimizer": self.optimizer.state_dict(),
-            "sparsifier": self.sparsifier.state_dict(),
-            "random": _random_states(),
-        }
-        state = {
-            "step": self.step,
-            "items": self.items,
-            "position": self.position,
-            "skipped_batches": self.guard.skipped,
-            "last_evaluation": self.last_evaluation,
-            "window": {
-                "losses": self.window_losses.tolist(),
-                "steps_start": self.window_steps_start,
-                "items_start": self.window_items_start,
-            },
-            "config": self.config.identity(),
-        }
+    def _write_checkpoint(
+        self, weights: dict[str, torch.Tensor], training: dict[str, Any], state: dict[str, Any]
+    ) -> CheckpointError | None:
         try:
             self.metrics.sync()
             folder = save_checkpoint(self.checkpoints, self.step, weights, training, state)
@@ -286,10 +282,37 @@ class TrainingLoop:
         rotate_checkpoints(self.checkpoints, self.config.keep_last, self.config.keep_every, written=folder)
         return None
 
+    def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+        """What the main process is to save; every process has to call this."""
+        process = {"random": random_states(self.accelerator.device), "window_losses": self.window_losses.tolist()}
+        training = {
+            "optimizer": whole_optimizer_state(self.optimizer.optimizer, self.accelerator),
+            "sparsifier": self.sparsifier.state_dict(),
+            "processes": gather_object([process]),
+        }
+        state = {
+            "step": self.step,
+            "items": self.items,
+            "position": self.position,
+            "skipped_batches": self.guard.skipped,
+            "last_evaluation": self.last_evaluation,
+            "window": {"steps_start": self.window_steps_start, "items_start": self.window_items_start},
+            "batch_split": self._batch_split(),
+            "config": self.config.identity(),
+        }
+        return whole_weights(self.network, self.accelerator), training, state
+
+    def _batch_split(self) -> dict[str, int]:
+        """How the global batch is shared out: what may change between a run and its resumption, at a price."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "per_device_batch_size": self.config.per_device_batch_size,
+        }
+
     def _find_resume_point(self) -> Path | None:
         """The checkpoint to continue from; clears or protects what `output_dir` already holds."""
         if self.config.resume_from_checkpoint == "latest":
-            return newest_checkpoint(self.checkpoints, self.accelerator.print)
+            return self._newest_checkpoint()
         folder = None if self.config.resume_from_checkpoint is None else Path(self.config.resume_from_checkpoint)
         if folder is not None and (damage := find_damage(folder, contents=False)):
             raise ValueError(f"resume_from_checkpoint={str(folder)!r}: it cannot be resumed: {damage}")
@@ -298,6 +321,19 @@ class TrainingLoop:
                 self._make_room()
             self.accelerator.wait_for_everyone()
         return folder
+
+    def _newest_checkpoint(self) -> Path | None:
+        # One process looks, so that all of them resume the same one.
+        found: list[Path | ValueError | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [newest_checkpoint(self.checkpoints, print)]
+            except ValueError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0]
 
     def _make_room(self) -> None:
         if (self.output_dir / "metrics.jsonl").exists() and not self.config.overwrite_output_dir:
@@ -312,17 +348,31 @@ class TrainingLoop:
     def _resume(self, folder: Path) -> None:
         weights, training, state = load_checkpoint(folder)
         self._check_same_run(folder, state["config"])
-        for name, value in _own_tensors(self.network):
-            value.data.copy_(weights[name])
-        self.optimizer.load_state_dict(training["optimizer"])
+        load_weights(self.network, weights)
+        load_optimizer_state(self.optimizer.optimizer, training["optimizer"])
         self.sparsifier.load_state_dict(training["sparsifier"])
-        _restore_random_states(training["random"])
         self.step, self.items, self.position = state["step"], state["items"], state["position"]
         self.guard.skipped, self.last_evaluation = state["skipped_batches"], state["last_evaluation"]
-        self.window_losses = torch.tensor(state["window"]["losses"], device=self.accelerator.device)
         self.window_steps_start = state["window"]["steps_start"]
         self.window_items_start = state["window"]["items_start"]
+        self._resume_process(training["processes"])
         self.accelerator.print(f"resuming {folder} at step {self.step} of {self.config.max_steps}")
+        if state["batch_split"] != self._batch_split():
+            self.accelerator.print(
+                f"the global batch was split by {state['batch_split']}, now by {self._batch_split()}: weights, masks, "
+                "optimizer, schedules and data position continue exactly; sums over the batch are rounded in another "
+                "order, and random draws other than those of data and masks (dropout) are not those of the former run"
+            )
+
+    def _resume_process(self, processes: list[dict[str, Any]]) -> None:
+        """Takes up what each process held for itself; for another number of processes the sums stay right."""
+        rank, size = self.accelerator.process_index, len(processes)
+        restore_random_states(processes[rank % size]["random"], self.accelerator.device)
+        losses = torch.tensor([process["window_losses"] for process in processes], device=self.accelerator.device)
+        if size == self.accelerator.num_processes:
+            self.window_losses = losses[rank]
+        else:
+            self.window_losses = losses.sum(0) * self.accelerator.is_main_process
 
     def _check_same_run(self, folder: Path, saved: dict[str, Any]) -> None:
         own = json.loads(json.dumps(self.config.identity()))
@@ -336,28 +386,3 @@ class TrainingLoop:
                 f"resume_from_checkpoint={str(folder)!r}: it belongs to another configuration; "
                 f"give the same values or start a new run ({'; '.join(different)})"
             )
-
-
-def _own_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and saved buffers, tied ones once."""
-    names = network.state_dict().keys()
-    yield from network.named_parameters()
-    yield from ((name, buffer) for name, buffer in network.named_buffers() if name in names)
-
-
-def _random_states() -> dict[str, Any]:
-    numpy_state: Any = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
-        "python": random.getstate(),
-    }
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    np.random.set_state(tuple(states["numpy"]))
-    random.setstate(states["python"])
