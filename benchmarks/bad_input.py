@@ -209,7 +209,9 @@ def try_shard(file: Path, place: str, texts: list[str], streaming: bool) -> str:
     except Exception as error:
         return f"skipping raised {error!r:.300}"
     whole = [text for text in read if text is not None]
-    if len(whole) == len(read) or not set(whole) <= set(texts):
+    # gzip notices a flipped bit only at its end, after it gave the text before.
+    exact = place != "" or file.suffix != ".gz"
+    if len(whole) == len(read) or (exact and not set(whole) <= set(texts)):
         return f"skipping gave {len(whole)} of {len(texts)} texts and {len(read) - len(whole)} gaps"
     return "clear"
 

@@ -69,7 +69,7 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(argument) for argument in arguments)
     if kind in (list, Sequence):
         return f"a list, each element {_words(arguments[0])}"
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return f"a {hint.__name__}"
     return {
         bool: "true or false",

@@ -263,13 +263,24 @@ class TrainingLoop:
     def _save(self) -> None:
         start = time.perf_counter()
         self._check_weights()
-        weights, training, state = self._snapshot()
-        error = self._write(weights, training, state) if self.accelerator.is_main_process else None
+        contents = self._snapshot()
+        error = self._write_checkpoint(*contents) if self.accelerator.is_main_process else None
         failed = torch.tensor(int(error is not None), device=self.accelerator.device)
         # Also keeps the others from going on before the checkpoint is there.
         if self.accelerator.reduce(failed, "sum") > 0:
             raise error or CheckpointError(f"step {self.step}: the main process could not write the checkpoint")
         self.window_start += time.perf_counter() - start
+
+    def _write_checkpoint(
+        self, weights: dict[str, torch.Tensor], training: dict[str, Any], state: dict[str, Any]
+    ) -> CheckpointError | None:
+        try:
+            self.metrics.sync()
+            folder = save_checkpoint(self.checkpoints, self.step, weights, training, state)
+        except CheckpointError as error:
+            return error
+        rotate_checkpoints(self.checkpoints, self.config.keep_last, self.config.keep_every, written=folder)
+        return None
 
     def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
         """What the main process is to save; every process has to call this."""
@@ -298,24 +309,10 @@ class TrainingLoop:
             "per_device_batch_size": self.config.per_device_batch_size,
         }
 
-    def _write(
-        self, weights: dict[str, torch.Tensor], training: dict[str, Any], state: dict[str, Any]
-    ) -> CheckpointError | None:
-        try:
-            self.metrics.sync()
-            folder = save_checkpoint(self.checkpoints, self.step, weights, training, state)
-        except CheckpointError as error:
-            return error
-        rotate_checkpoints(self.checkpoints, self.config.keep_last, self.config.keep_every, written=folder)
-        return None
-
     def _find_resume_point(self) -> Path | None:
         """The checkpoint to continue from; clears or protects what `output_dir` already holds."""
         if self.config.resume_from_checkpoint == "latest":
-            # One process looks, so that all of them resume the same one.
-            main = self.accelerator.is_main_process
-            found = [newest_checkpoint(self.checkpoints, self.accelerator.print) if main else None]
-            return broadcast_object_list(found)[0]
+            return self._newest_checkpoint()
         folder = None if self.config.resume_from_checkpoint is None else Path(self.config.resume_from_checkpoint)
         if folder is not None and (damage := find_damage(folder, contents=False)):
             raise ValueError(f"resume_from_checkpoint={str(folder)!r}: it cannot be resumed: {damage}")
@@ -324,6 +321,19 @@ class TrainingLoop:
                 self._make_room()
             self.accelerator.wait_for_everyone()
         return folder
+
+    def _newest_checkpoint(self) -> Path | None:
+        # One process looks, so that all of them resume the same one.
+        found: list[Path | ValueError | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [newest_checkpoint(self.checkpoints, print)]
+            except ValueError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0]
 
     def _make_room(self) -> None:
         if (self.output_dir / "metrics.jsonl").exists() and not self.config.overwrite_output_dir:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from test_text import RunConfig, read_metrics
 
 from nt_transformers.training import Interrupted, NonFiniteError, TextTask, interruption, train_language_model
@@ -156,7 +157,6 @@ def test_poisoned_weights_never_replace_a_good_checkpoint(
 
 TWO_PROCESSES = """
 import os, signal, sys
-import torch.distributed
 from nt_transformers.data import TextDataConfig
 from nt_transformers.sparsity import SparsityConfig
 from nt_transformers.training import *
@@ -190,7 +190,6 @@ try:
     print(f"rank {rank} finished", flush=True)
 except Interrupted as stop:
     print(f"rank {rank} stopped with {stop.code}", flush=True)
-torch.distributed.destroy_process_group()
 """
 
 
@@ -198,21 +197,16 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize("trouble", ["signal", "nan"])
 def test_two_processes_act_alike(corpus_dir: Path, tokenizer_dir: Path, tmp_path: Path, trouble: str) -> None:
     """What only one of them meets: a signal, a loss that is not finite."""
-    (tmp_path / "train.py").write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = ["train.py", str(corpus_dir), str(tokenizer_dir), "run", trouble]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*launch, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert run.returncode == 0, run.stderr
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    printed = launch(2, script, corpus_dir, tokenizer_dir, tmp_path / "run", trouble)
     checkpoints = [folder.name for folder in list_checkpoints(tmp_path / "run" / "checkpoints")]
     skipped = [line["skipped_batches"] for line in read_metrics(str(tmp_path / "run")) if "loss" in line]
     if trouble == "signal":
-        assert all(f"rank {rank} stopped with 75" in run.stdout for rank in (0, 1))
+        assert all(f"rank {rank} stopped with 75" in printed for rank in (0, 1))
         assert checkpoints == ["step_3"]
         assert skipped == [0, 0, 0]
     else:
-        assert all(f"rank {rank} finished" in run.stdout for rank in (0, 1))
+        assert all(f"rank {rank} finished" in printed for rank in (0, 1))
         assert checkpoints == ["step_6"]
         assert skipped == [0, 0, 1, 1, 1, 1]
