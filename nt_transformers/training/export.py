@@ -4,15 +4,30 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .files import partial_path, sync, write_text
 
 
-CARD_TEMPLATE = """---
+CITATION = """
+## Citation
+
+```bibtex
+@article{grooten2025neurotrails,
+  title={NeuroTrails: Training with Dynamic Sparse Heads as the Key to Effective Ensembling},
+  author={Grooten, Bram and Hasanov, Farid and Zhang, Chenxiang and Xiao, Qiao and Wu, Boqian and Atashgahi, Zahra and
+    Sokar, Ghada and Liu, Shiwei and Yin, Lu and Mocanu, Elena and Pechenizkiy, Mykola and Mocanu, Decebal Constantin},
+  journal={arXiv preprint arXiv:2505.17909},
+  year={2025}
+}
+```
+"""
+
+CARD_TEMPLATE = (
+    """---
 {{ card_data }}
 ---
 
@@ -49,33 +64,33 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 `trust_remote_code=True` is not needed where `nt_transformers` is imported. `model.active_heads = 1` votes with
 the first head only.
-
-## Citation
-
-```bibtex
-@article{grooten2025neurotrails,
-  title={NeuroTrails: Training with Dynamic Sparse Heads as the Key to Effective Ensembling},
-  author={Grooten, Bram and Hasanov, Farid and Zhang, Chenxiang and Xiao, Qiao and Wu, Boqian and Atashgahi, Zahra and
-    Sokar, Ghada and Liu, Shiwei and Yin, Lu and Mocanu, Elena and Pechenizkiy, Mykola and Mocanu, Decebal Constantin},
-  journal={arXiv preprint arXiv:2505.17909},
-  year={2025}
-}
-```
 """
+    + CITATION
+)
+
+
+class Processor(Protocol):
+    """A tokenizer or an image processor."""
+
+    def save_pretrained(self, save_directory: Path) -> Any: ...
 
 
 def export_checkpoint(
-    output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]
+    output_dir: Path,
+    model: PreTrainedModel,
+    processor: Processor,
+    card: ModelCard,
+    summary: dict[str, Any],
 ) -> None:
-    """Writes weights, configurations, modelling code, tokenizer, model card and `summary.json`.
+    """Writes weights, configurations, modelling code, processor, model card and `summary.json`.
 
     Each file is written whole or not at all, the weights after all they need and `summary.json` last of all.
     """
     partial = partial_path(output_dir / "export")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    model_card(output_dir.resolve().name, model, summary).save(partial / "README.md")
+    processor.save_pretrained(partial)
+    card.save(partial / "README.md")
     paths = sorted(partial.iterdir(), key=lambda path: (".safetensors" in path.name, path.suffix == ".json"))
     for path in paths:
         sync(path)
@@ -92,7 +107,7 @@ def remove_export(output_dir: Path) -> None:
             path.unlink()
 
 
-def model_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
+def language_model_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
     """The card of a trained language model, filled with the measured figures of `summary`."""
     config, run = model.config, summary["config"]
     perplexity = {

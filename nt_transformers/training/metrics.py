@@ -12,7 +12,7 @@ from .files import sync, write_text
 
 
 # Fields that depend on the clock: all others of a resumed run equal those of an uninterrupted one.
-TIMING_FIELDS = frozenset({"seconds", "tokens_per_second"})
+TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", "images_per_second"})
 
 
 class MetricsLog:

@@ -26,9 +26,9 @@ from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from ..validation import check, check_types
 from .config import TrainingConfig
 from .engine import accelerated
-from .export import export_checkpoint
-from .loop import Batch, Position, TrainingLoop
-from .state import unsharded, whole_weights
+from .export import export_checkpoint, language_model_card
+from .loop import Batch, Position
+from .run import run_training
 
 
 @dataclass(kw_only=True)
@@ -185,6 +185,8 @@ class TextTask:
         ValueError: tokenizer, text or shape of the network are unusable or do not fit together.
     """
 
+    items: Literal["tokens"] = "tokens"
+
     def __init__(self, config: TextTrainingConfig | ContinuedTextTrainingConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -235,25 +237,8 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     """
     with accelerated(config) as accelerator:
         task = TextTask(config, accelerator)
-        loop = TrainingLoop(config, task, accelerator)
-        if config.report_to:
-            run_name = config.run_name or Path(config.output_dir).name
-            accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
-        loop.run()
-        weights = whole_weights(loop.network, accelerator)
-        parameters = loop.network.num_parameters()
-        topology = loop.sparsifier.summary()
-        summary = {
-            "steps": loop.step,
-            "tokens": loop.items,
-            "parameters": parameters,
-            "active_parameters": parameters - (topology.numel - topology.nonzeros),
-            "density": topology.density,
-            "explored": topology.explored,
-            **loop.last_evaluation,
-            "config": config.identity(),
-        }
+        network, summary = run_training(config, task, accelerator)
         if accelerator.is_main_process:
-            network = unsharded(loop.network, weights)
-            export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
+            card = language_model_card(Path(config.output_dir).resolve().name, network, summary)
+            export_checkpoint(Path(config.output_dir), network, task.tokenizer, card, summary)
     return summary
