@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .files import partial_path, sync, write_text
+
 
 CITATION = """
 ## Citation
@@ -80,17 +82,29 @@ def export_checkpoint(
     card: ModelCard,
     summary: dict[str, Any],
 ) -> None:
-    """Writes weights, configurations, modelling code, processor, model card and `summary.json`,
-    each file whole or not at all."""
-    partial = output_dir / "export.partial"
+    """Writes weights, configurations, modelling code, processor, model card and `summary.json`.
+
+    Each file is written whole or not at all, the weights after all they need and `summary.json` last of all.
+    """
+    partial = partial_path(output_dir / "export")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     card.save(partial / "README.md")
-    (partial / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    for path in partial.iterdir():
+    paths = sorted(partial.iterdir(), key=lambda path: (".safetensors" in path.name, path.suffix == ".json"))
+    for path in paths:
+        sync(path)
+    for path in paths:
         path.replace(output_dir / path.name)
     partial.rmdir()
+    write_text(output_dir / "summary.json", json.dumps(summary, indent=2))
+
+
+def remove_export(output_dir: Path) -> None:
+    """Takes away what makes a folder look like a trained model, before another run of the same folder begins."""
+    for name in ("summary.json", "model*.safetensors.index.json", "model*.safetensors"):
+        for path in output_dir.glob(name):
+            path.unlink()
 
 
 def language_model_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:

@@ -1,5 +1,5 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""What every recipe does around the loop: set accelerate up, train, and sum the run up."""
+"""What every recipe does around the loop: start trackers, train, and sum the run up."""
 
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,7 @@ from transformers import PreTrainedModel
 
 from .config import TrainingConfig
 from .loop import Task, TrainingLoop
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Device, precision, processes and trackers of a run.
-
-    Raises:
-        ValueError: the precision is none that sparse training supports.
-    """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
-        )
-    return accelerator
+from .state import unsharded, whole_weights
 
 
 def run_training(
@@ -35,19 +18,20 @@ def run_training(
     """Trains `task` to the end.
 
     Returns:
-        The trained network, and the final figures of `summary.json`: what was trained on, sizes, the last evaluation,
-        and the configuration.
+        The trained network, whole on the main process, and the final figures of `summary.json`: what was trained on,
+        sizes, the last evaluation, and the configuration.
 
     Raises:
         ValueError: as `TrainingLoop`; nothing has been trained or overwritten then.
+        Interrupted, NonFiniteError, CheckpointError: see `TrainingLoop.run`.
     """
     loop = TrainingLoop(config, task, accelerator)
     if config.report_to:
         run_name = config.run_name or Path(config.output_dir).name
         accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
     loop.run()
-    accelerator.end_training()
-    network = accelerator.unwrap_model(loop.model)
+    weights = whole_weights(loop.network, accelerator)
+    network = unsharded(loop.network, weights) if accelerator.is_main_process else loop.network
     topology = loop.sparsifier.summary()
     summary = {
         "steps": loop.step,

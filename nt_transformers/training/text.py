@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -22,10 +23,12 @@ from ..data import (
     validation_sequences,
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from .config import TrainingConfig, check
+from ..validation import check, check_types
+from .config import TrainingConfig
+from .engine import accelerated
 from .export import export_checkpoint, language_model_card
 from .loop import Batch, Position
-from .run import make_accelerator, run_training
+from .run import run_training
 
 
 @dataclass(kw_only=True)
@@ -63,16 +66,24 @@ class LlamaArguments:
     initializer_range: float = 0.02
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        # Mistakes show before tokenizer and text are loaded.
+        self._config(vocab_size=1 if self.vocab_size is None else self.vocab_size)
+
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """A new network for the tokenizer's vocabulary, drawn from torch's global generator."""
-        shape = asdict(self)
-        if shape["num_head_layers"] is None:
-            shape["num_head_layers"] = shape["num_hidden_layers"]
-        if shape["vocab_size"] is None:
-            shape["vocab_size"] = len(tokenizer)
-        check_vocab_size(tokenizer, shape["vocab_size"])
+        vocab_size = len(tokenizer) if self.vocab_size is None else self.vocab_size
+        check_vocab_size(tokenizer, vocab_size)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**shape, **special))
+        return NeuroTrailsLlamaForCausalLM(self._config(vocab_size=vocab_size, **special))
+
+    def _config(self, **fields: Any) -> NeuroTrailsLlamaConfig:
+        layers = self.num_hidden_layers if self.num_head_layers is None else self.num_head_layers
+        try:
+            return NeuroTrailsLlamaConfig(**asdict(self) | {"num_head_layers": layers} | fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -96,6 +107,11 @@ class PretrainedArguments:
     vote: Literal["probs", "logits"] | None = None
     noise: float = 0.0
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        check(self.from_pretrained != "", "model.from_pretrained", "", "name a folder or a model of the hub")
+        check(self.noise >= 0, "model.noise", self.noise, "give zero or a positive number")
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """The checkpoint's network in float32, with the heads asked for; noise is keyed by torch's seed."""
@@ -217,12 +233,12 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
 
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+        Interrupted, NonFiniteError, CheckpointError: see `TrainingLoop.run`.
     """
-    accelerator = make_accelerator(config)
-    task = TextTask(config, accelerator)
-    network, summary = run_training(config, task, accelerator)
-    if accelerator.is_main_process:
-        card = language_model_card(Path(config.output_dir).resolve().name, network, summary)
-        export_checkpoint(Path(config.output_dir), network, task.tokenizer, card, summary)
-    accelerator.wait_for_everyone()
+    with accelerated(config) as accelerator:
+        task = TextTask(config, accelerator)
+        network, summary = run_training(config, task, accelerator)
+        if accelerator.is_main_process:
+            card = language_model_card(Path(config.output_dir).resolve().name, network, summary)
+            export_checkpoint(Path(config.output_dir), network, task.tokenizer, card, summary)
     return summary

@@ -23,11 +23,13 @@ from ..data.image_batches import (
     training_loader,
 )
 from ..data.images import ImageDataConfig, LabelledImages
-from .config import FREE_ON_RESUME, TrainingConfig, check
+from ..validation import check
+from .config import FREE_ON_RESUME, TrainingConfig
+from .engine import accelerated
 from .export import export_checkpoint
 from .image_card import image_classifier_card
 from .loop import Batch, Position
-from .run import make_accelerator, run_training
+from .run import run_training
 
 
 @dataclass(kw_only=True)
@@ -169,12 +171,11 @@ def train_image_classifier(config: VisionTrainingConfig) -> dict[str, Any]:
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
     """
-    accelerator = make_accelerator(config)
-    task = VisionTask(config, accelerator)
-    network, summary = run_training(config, task, accelerator)
-    summary = task.test() | summary
-    if accelerator.is_main_process:
-        card = image_classifier_card(Path(config.output_dir).resolve().name, network, summary)
-        export_checkpoint(Path(config.output_dir), network, image_processor(config.data), card, summary)
-    accelerator.wait_for_everyone()
+    with accelerated(config) as accelerator:
+        task = VisionTask(config, accelerator)
+        network, summary = run_training(config, task, accelerator)
+        summary = task.test() | summary
+        if accelerator.is_main_process:
+            card = image_classifier_card(Path(config.output_dir).resolve().name, network, summary)
+            export_checkpoint(Path(config.output_dir), network, image_processor(config.data), card, summary)
     return summary
