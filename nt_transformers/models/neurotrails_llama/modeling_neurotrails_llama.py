@@ -149,7 +149,7 @@ def fused_causal_lm_losses(
     return torch.stack(sums) / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
+def count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
     """The running vote, in float32, with one more head's logits [..., vocab]; heads need not be alive together."""
     if vote == "probs":
         log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
@@ -157,7 +157,7 @@ def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> 
     return logits.float() if tally is None else tally + logits
 
 
-def _close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
+def close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
     """The log of the mean probability, or the mean logits, [..., vocab]."""
     return tally - math.log(num_votes) if vote == "probs" else tally / num_votes
 
@@ -564,9 +564,9 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
                     self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 )
             if len(lm_heads) > 1:
-                tally = _count_vote(tally, logits, self.config.vote)
+                tally = count_vote(tally, logits, self.config.vote)
         if tally is not None:
-            logits = _close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
+            logits = close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
         return logits, torch.stack(head_logits) if head_logits else None, torch.stack(losses) if losses else None
 
 
@@ -577,5 +577,7 @@ __all__ = [
     "NeuroTrailsLlamaModel",
     "NeuroTrailsLlamaPreTrainedModel",
     "NeuroTrailsModelOutputWithPast",
+    "close_vote",
+    "count_vote",
     "fused_causal_lm_losses",
 ]
