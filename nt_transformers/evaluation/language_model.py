@@ -72,6 +72,8 @@ class NeuroTrailsLM(HFLM):
         for index, (_, context, continuation) in enumerate(requests):
             sharing[(*context, *continuation[:-1])].append(index)
         inputs = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
+        if (longest := max((len(continuation) for *_, continuation in requests), default=0)) > self.max_length:
+            raise ValueError(f"max_length={self.max_length}: a continuation to score has {longest} tokens.")
         if truncated := sum(len(tokens) > self.max_length for tokens in inputs):
             logger.warning(
                 "%d of %d inputs exceed %d tokens: cut on the left", truncated, len(inputs), self.max_length

@@ -55,8 +55,8 @@ class PerHeadTaskManager(TaskManager):
         for name, task in loaded["tasks"].items():
             if self.members and task.OUTPUT_TYPE not in PER_HEAD_OUTPUT_TYPES:
                 raise ValueError(
-                    f"per_head: the task {name!r} is of type {task.OUTPUT_TYPE}; only tasks of type "
-                    f"{' or '.join(PER_HEAD_OUTPUT_TYPES)} can be scored for every head. Leave the task or per_head out."
+                    f"per_head: the task {name!r} is of type {task.OUTPUT_TYPE}; only "
+                    f"{' and '.join(PER_HEAD_OUTPUT_TYPES)} tasks can be scored per head: leave it or per_head out."
                 )
             task._filters += [
                 build_filter_ensemble(member, [("ensemble_member", {"member": member})]) for member in self.members

@@ -128,8 +128,8 @@ def check_data(data: Path, tasks: Iterable[str]) -> None:
     """Raises a `ValueError` that names the remedy unless `data` is what `prepare` made and has all of `tasks`."""
     if unknown := [name for name in tasks if name not in TASKS and name not in MMLU_GROUPS]:
         raise ValueError(
-            f"tasks: the offline data have no {', '.join(unknown)}; choose from {', '.join(offline_tasks())}, or leave "
-            "offline out."
+            f"tasks: the offline data have no {', '.join(unknown)}; choose from {', '.join(offline_tasks())}, or "
+            "leave offline out."
         )
     if missing := [name for name, task in TASKS.items() if not (data / name / f"{task.splits[-1]}.parquet").is_file()]:
         raise ValueError(

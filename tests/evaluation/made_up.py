@@ -18,9 +18,21 @@ SHAPE = {
     # Wide enough for heads to disagree.
     "initializer_range": 0.5,
 }
-WORDS = (
-    "the a farmer boat river clock market letter window crosses repairs follows before in under old small grey".split()
-)
+WORDS = [
+    "the",
+    "a",
+    "farmer",
+    "boat",
+    "river",
+    "clock",
+    "market",
+    "window",
+    "crosses",
+    "follows",
+    "under",
+    "old",
+    "grey",
+]
 
 
 def make_text(rng: random.Random, words: int) -> str:

@@ -16,7 +16,7 @@ from nt_transformers import NeuroTrailsLlamaForCausalLM
 from nt_transformers.evaluation import NeuroTrailsLM
 
 
-LENGTH = 48
+LENGTH = 64
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def requests() -> list[Instance]:
     for _ in range(12):
         context = make_text(rng, rng.randint(3, 40))
         pairs += [(context, f" {letter}") for letter in "abc"]
-        pairs += [(make_text(rng, 3), f" {make_text(rng, length)}") for length in (1, 4, 12)]
+        pairs += [(make_text(rng, 3), f" {make_text(rng, length)}") for length in (1, 4, 9)]
     return [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
 
 
@@ -104,6 +104,12 @@ def test_the_batch_size_may_be_found_automatically(wrap: Wrap, requests: list[In
 def test_truncation_is_told(wrap: Wrap, requests: list[Instance], caplog: pytest.LogCaptureFixture) -> None:
     wrap(NeuroTrailsLM, make_model(), per_head=True).loglikelihood(requests, disable_tqdm=True)
     assert f"exceed {LENGTH} tokens" in caplog.text
+
+
+def test_a_continuation_longer_than_the_model_is_refused(wrap: Wrap) -> None:
+    lm = wrap(NeuroTrailsLM, make_model(), per_head=True)
+    with pytest.raises(ValueError, match=f"max_length={LENGTH}: a continuation to score has 65 tokens"):
+        lm._loglikelihood_tokens([(("", ""), [1], [2] * 65)], disable_tqdm=True)
 
 
 def test_a_stock_llama_has_no_heads_to_score(wrap: Wrap) -> None:

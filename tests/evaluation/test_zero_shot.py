@@ -152,7 +152,7 @@ def test_three_ways_agree_exactly(checkpoint: Path, offline_data: Path, tmp_path
         tasks=TASKS,
         batch_size=4,
         device="cpu",
-        bootstrap_iters=0,
+        bootstrap_iters=1000,
         task_manager=TaskManager(include_path=tmp_path, include_defaults=False),
     )
     results = [
