@@ -136,13 +136,13 @@ class NeuroTrailsLM(HFLM):
         heads = model.active_heads
         with self._precision():
             hidden_MBSH = model.model(input_ids=input_ids, use_cache=False).head_hidden_states
-        tallies: dict[str, torch.Tensor | None] = dict.fromkeys(VOTES)
+        tallies: dict[str, torch.Tensor] = {}
         for m, hidden_BSH in zip(heads, hidden_MBSH, strict=True):
             with self._precision():
                 # Selected after the output layer: fewer rows would round differently than the model's own forward.
                 logits_TV = model.lm_heads[m](hidden_BSH)[row_T, position_T]
             for vote in VOTES:
-                tallies[vote] = count_vote(tallies[vote], logits_TV, vote)
+                tallies[vote] = count_vote(tallies.get(vote), logits_TV, vote)
             yield f"head_{m}", logits_TV
         for vote, tally_TV in tallies.items():
             # The model, too, does not pass a single head's logits through a vote.

@@ -3,7 +3,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -68,10 +67,10 @@ def evaluate_zero_shot(
     load_tokenizer(model)  # raises where there is none
     if offline is not None:
         check_data(offline, tasks)
-    with tempfile.TemporaryDirectory() if offline else nullcontext() as folder:
-        if folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if offline is not None:
             write_tasks(offline, Path(folder))
-        manager = PerHeadTaskManager(include_path=folder, include_defaults=not offline)
+        manager = PerHeadTaskManager(include_path=folder, include_defaults=offline is None)
         _check_tasks(tasks, manager)
         lm = NeuroTrailsLM(
             model,

@@ -42,8 +42,16 @@ def wrap(tokenizer_dir: Any) -> Callable[..., HFLM]:
 Wrap = Callable[..., HFLM]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("split", [{}, {"num_head_layers": 3}, {"vote": "logits"}, {"num_ensemble_heads": 1}])
+@pytest.mark.parametrize(
+    ("split", "dtype"),
+    [
+        ({}, torch.float32),
+        ({}, torch.bfloat16),
+        ({"num_head_layers": 3}, torch.float32),
+        ({"vote": "logits"}, torch.float32),
+        ({"num_ensemble_heads": 1}, torch.bfloat16),
+    ],
+)
 def test_one_pass_answers_as_the_vote_and_as_each_head_alone(
     wrap: Wrap, requests: list[Instance], split: dict[str, Any], dtype: torch.dtype
 ) -> None:

@@ -44,13 +44,13 @@ def test_every_member_scores_as_the_model_that_has_no_other(
 ) -> None:
     tasks = ["piqa", "arc_easy"]
     results = evaluate_zero_shot(str(checkpoint), tasks, per_head=True, offline=offline_data, device="cpu")
-    model = make_model()
-    singles = {f"head_{m}": model.extract_head(m) for m in range(3)}
-    singles |= {"probs_vote": model, "none": model, "logits_vote": make_model(vote="logits")}
-    for member, single in singles.items():
+    singles = {("head_1",): make_model().extract_head(1), ("none", "probs_vote"): make_model()}
+    singles[("logits_vote",)] = make_model(vote="logits")
+    for members, single in singles.items():
         alone = evaluate_zero_shot(str(save_checkpoint(single)), tasks, offline=offline_data, device="cpu")
-        assert scores(results, member) == scores(alone), member
-    assert len({json.dumps(scores(results, member)) for member in singles}) > 2
+        for member in members:
+            assert scores(results, member) == scores(alone), member
+    assert len({json.dumps(scores(results, f"head_{m}")) for m in range(3)}) > 1
 
 
 def test_groups_are_aggregated_for_every_member(checkpoint: Path, offline_data: Path) -> None:
@@ -114,15 +114,11 @@ def test_only_choices_can_be_scored_for_every_head(tmp_path: Path) -> None:
         manager.load([task])
 
 
-def test_without_lm_eval_the_extra_is_named() -> None:
-    code = "import sys; sys.modules['lm_eval'] = None; import nt_transformers.evaluation"
+def test_lm_eval_is_needed_for_evaluation_only_and_its_extra_is_named() -> None:
+    code = "import sys, nt_transformers; assert 'lm_eval' not in sys.modules; sys.modules['lm_eval'] = None\n"
+    code += "import nt_transformers.evaluation"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
     assert 'pip install "nt_transformers[eval]"' in run.stderr
-
-
-def test_importing_the_package_does_not_import_lm_eval() -> None:
-    code = "import sys, nt_transformers; assert 'lm_eval' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 
 
 def _environment() -> dict[str, str]:
@@ -196,12 +192,12 @@ def test_a_wrapped_llama_scores_as_the_stock_one_on_real_tasks(
 @pytest.mark.slow
 @needs_real_data
 def test_an_untrained_model_is_at_chance(save_checkpoint: Callable[[torch.nn.Module], Path]) -> None:
-    """Four tasks whose right answers are neither the short ones nor mostly of one kind."""
-    chance = {"arc_easy": 1 / 4, "hellaswag": 1 / 4, "piqa": 1 / 2, "winogrande": 1 / 2}
+    """Four tasks whose right answers are neither the short ones nor mostly of one kind; two standard errors."""
+    chance = {"hellaswag": 1 / 4, "piqa": 1 / 2, "social_iqa": 1 / 3, "winogrande": 1 / 2}
     torch.manual_seed(0)
     config = NeuroTrailsLlamaConfig(**SHAPE | {"initializer_range": 0.02}, num_head_layers=2)
     folder = save_checkpoint(NeuroTrailsLlamaForCausalLM(config))
-    results = evaluate_zero_shot(str(folder), list(chance), offline=REAL_DATA, limit=300, batch_size=32, device="cpu")
+    results = evaluate_zero_shot(str(folder), list(chance), offline=REAL_DATA, limit=200, batch_size=16, device="cpu")
     for task, expected in chance.items():
         metrics = results["results"][task]
         assert metrics["acc,none"] == pytest.approx(expected, abs=2 * metrics["acc_stderr,none"]), task
