@@ -64,7 +64,7 @@ class NeuroTrailsLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        if not self.per_head:
+        if not (self.per_head and requests):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         # HFLM's batches, so that its results are met exactly: requests that share their input share a row, the
         # longest rows come first.
@@ -72,15 +72,10 @@ class NeuroTrailsLM(HFLM):
         for index, (_, context, continuation) in enumerate(requests):
             sharing[(*context, *continuation[:-1])].append(index)
         inputs = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
-        if (longest := max((len(continuation) for *_, continuation in requests), default=0)) > self.max_length:
-            raise ValueError(f"max_length={self.max_length}: a continuation to score has {longest} tokens.")
-        if truncated := sum(len(tokens) > self.max_length for tokens in inputs):
-            logger.warning(
-                "%d of %d inputs exceed %d tokens: cut on the left", truncated, len(inputs), self.max_length
-            )
-        batch_size = override_bs or self.batch_size
-        if batch_size == "auto" and inputs:
-            batch_size = self._detect_batch_size([requests[sharing[inputs[0]][0]]])
+        self._check_lengths(inputs, max(len(continuation) for *_, continuation in requests))
+        batch_size = self.batch_size
+        if batch_size == "auto":
+            batch_size = override_bs or self._detect_batch_size([requests[sharing[inputs[0]][0]]])
 
         answers: dict[int, EnsembleAnswer] = {}
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring every head")
@@ -93,6 +88,16 @@ class NeuroTrailsLM(HFLM):
             progress.update(len(indices))
         progress.close()
         return [answers[index] for index in range(len(requests))]
+
+    def _check_lengths(self, inputs: list[tuple[int, ...]], longest_continuation: int) -> None:
+        if longest_continuation > self.max_length:
+            raise ValueError(
+                f"max_length={self.max_length}: a continuation to score has {longest_continuation} tokens."
+            )
+        if truncated := sum(len(tokens) > self.max_length for tokens in inputs):
+            logger.warning(
+                "%d of %d inputs exceed %d tokens: cut on the left", truncated, len(inputs), self.max_length
+            )
 
     def _score(
         self, inputs: list[tuple[int, ...]], rows: list[int], continuations: list[list[int]]
@@ -119,7 +124,7 @@ class NeuroTrailsLM(HFLM):
                     log_prob_T.cpu().split(lengths), greedy_T.cpu().split(lengths), strict=True
                 )
             ]
-        answers = [EnsembleAnswer(answer) for answer in members[f"{self.config.vote}_vote"]]
+        answers = [EnsembleAnswer(answer) for answer in members[f"{self.model.config.vote}_vote"]]
         for index, answer in enumerate(answers):
             answer.members = {name: member[index] for name, member in members.items()}
         return answers
