@@ -310,7 +310,11 @@ class TrainingLoop:
         }
 
     def _find_resume_point(self) -> Path | None:
-        """The checkpoint to continue from; clears or protects what `output_dir` already holds."""
+        """The checkpoint to continue from; makes `output_dir`, clears or protects what it already holds."""
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir={self.config.output_dir!r}: it cannot be made ({error})") from error
         if self.config.resume_from_checkpoint == "latest":
             return self._newest_checkpoint()
         folder = None if self.config.resume_from_checkpoint is None else Path(self.config.resume_from_checkpoint)

@@ -202,6 +202,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"{name}={value!r}"):
             run_config(model=shape)
 
+    @pytest.mark.parametrize("name", ["file/run", "x" * 300])
+    def test_output_dir(self, run_config: RunConfig, tmp_path: Path, name: str) -> None:
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=r"output_dir=.*: it cannot be made \("):
+            train_language_model(run_config(output_dir=str(tmp_path / name)))
+
     def test_batch(self, run_config: RunConfig) -> None:
         self.fails(run_config(global_batch_size=6), "global_batch_size=6")
 
