@@ -212,10 +212,9 @@ class TestBadInput:
         self.fails(run_config(global_batch_size=6), "global_batch_size=6")
 
     def test_missing_checkpoint(self, run_config: RunConfig, tmp_path: Path) -> None:
-        self.fails(
-            run_config(resume_from_checkpoint=str(tmp_path / "nowhere")),
-            "nowhere.*cannot be resumed: there is no such folder",
-        )
+        for name in ("nowhere", "x" * 300):
+            config = run_config(resume_from_checkpoint=str(tmp_path / name))
+            self.fails(config, f"{name}.*cannot be resumed: there is no such folder")
 
 
 def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
