@@ -10,7 +10,8 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from ..sparsity.sharding import own_part
 
 
 logger = get_logger(__name__)
@@ -70,7 +71,7 @@ class NonFiniteGuard:
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether no value of the tensors, as far as this process holds them, is NaN or infinite."""
     # A sum is finite only if all of its terms are, and takes a tenth of the time of isfinite.
-    sums = [_local(tensor).sum().float() for tensor in tensors if tensor.is_floating_point()]
+    sums = [own_part(tensor).sum().float() for tensor in tensors if tensor.is_floating_point()]
     return not sums or bool(torch.stack(sums).isfinite().all())
 
 
@@ -102,7 +103,3 @@ def describe_state(weights: Mapping[str, torch.Tensor], optimizer_state: Mapping
 def _some(names: Iterable[str]) -> str:
     first = list(itertools.islice(names, 4))
     return ", ".join(first[:3]) + (" and others" if len(first) > 3 else "")
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
