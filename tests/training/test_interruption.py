@@ -83,15 +83,19 @@ def test_a_signal_finishes_the_step_saves_and_stops(
 def test_the_second_signal_ends_the_process_at_once(number: signal.Signals) -> None:
     program = f"""
         import os, runpy, time
-        StopSignals = runpy.run_path({interruption.__file__!r})["StopSignals"]
-        with StopSignals() as signals:
+        module = runpy.run_path({interruption.__file__!r})
+        with module["StopSignals"]() as signals:
             os.kill(os.getpid(), {number.value})
             assert signals.received
+            os.kill(os.getpid(), {number.value})
+            print("the echo of a launcher is no second signal", flush=True)
+            time.sleep(module["ECHO_SECONDS"] + 0.1)
             os.kill(os.getpid(), {number.value})
             time.sleep(60)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50)
     assert run.returncode == -number
+    assert run.stdout == "the echo of a launcher is no second signal\n"
     assert f"{number.name}: stopping after a step; once more ends at once" in run.stderr
 
 
