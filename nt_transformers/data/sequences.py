@@ -276,7 +276,7 @@ def sequence_loader(sequences: TokenSequences, num_workers: int = 1) -> DataLoad
 def _prepare_worker(worker: int) -> None:
     # A fork does not copy the tokenizers library's threads: waiting for them, as this variable can demand, hangs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Terminals and launchers signal a whole group; the training process finishes its step first, and needs data for it.
+    # Terminals and launchers signal a whole group; the training process finishes its step first, which takes data.
     os.setpgrp()
     _outlast_first_signal()
 
