@@ -344,9 +344,9 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         # One stem for all heads, or one for each where nothing is shared.
         stems = [_run_layers(self.layers[:depth], embed, **layer_kwargs) for embed in embeds]
         stems *= len(heads) // len(stems)
-        head_hidden_states = torch.stack(
-            [head(stem, head_depth, **layer_kwargs) for head, stem in zip(heads, stems, strict=True)]
-        )
+        outputs = [head(stem, head_depth, **layer_kwargs) for head, stem in zip(heads, stems, strict=True)]
+        # A device map may place the heads on different devices.
+        head_hidden_states = torch.stack([output.to(embeds[0].device) for output in outputs])
         return NeuroTrailsModelOutputWithPast(
             last_hidden_state=head_hidden_states.mean(0),
             past_key_values=past_key_values,
@@ -580,7 +580,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         head_logits, losses = [], []
         tally = None
         for lm_head, hidden in zip(lm_heads, hidden_states, strict=True):
-            logits = lm_head(hidden)
+            logits = lm_head(hidden).to(hidden.device)
             if keep_head_logits:
                 head_logits.append(logits)
             if labels is not None:
