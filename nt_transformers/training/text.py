@@ -24,7 +24,8 @@ from ..data import (
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from .config import TrainingConfig, check
-from .export import export_checkpoint
+from .export import export_checkpoint, model_card
+from .hub import create_hub_repository, push_run
 from .loop import Batch, Position, TrainingLoop
 
 
@@ -151,10 +152,12 @@ class ContinuedTextTrainingConfig(TrainingConfig):
     Args:
         model: The checkpoint, and the heads that a dense one gets.
         data: Where the text comes from and how it becomes sequences of tokens.
+        license: Licence of the trained weights, for the model card: mostly the checkpoint's.
     """
 
     model: PretrainedArguments
     data: TextDataConfig
+    license: str = "other"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +229,7 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
             f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
         )
     task = TextTask(config, accelerator)
+    repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
     loop = TrainingLoop(config, task, accelerator)
     if config.report_to:
         run_name = config.run_name or Path(config.output_dir).name
@@ -245,7 +249,11 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
         "config": config.identity(),
     }
     if accelerator.is_main_process:
-        export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        output_dir = Path(config.output_dir)
+        card = model_card(repository or output_dir.resolve().name, config.license, network, summary)
+        export_checkpoint(output_dir, network, task.tokenizer, card)
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        if repository is not None:
+            push_run(output_dir, repository)
     accelerator.wait_for_everyone()
     return summary
