@@ -35,9 +35,7 @@ def sample(logits: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def next_logits(model: PreTrainedModel, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Logits [batch, vocab] of the next token, in float32 as `generate` returns them."""
-    attention_mask = torch.nn.functional.pad(
-        attention_mask, (0, tokens.shape[1] - attention_mask.shape[1]), value=1
-    )
+    attention_mask = torch.nn.functional.pad(attention_mask, (0, tokens.shape[1] - attention_mask.shape[1]), value=1)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     outputs = model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
     return outputs.logits[:, -1].float()

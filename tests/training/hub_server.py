@@ -40,6 +40,8 @@ class _Handler(BaseHTTPRequestHandler):
             repository = f"{request['organization'] or USER}/{request['name']}"
             self.repositories.setdefault(repository, {})
             return self._send_json({"url": f"http://{self.headers['Host']}/{repository}", "id": repository})
+        if self.path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
         repository = "/".join(self.path.split("/")[3:5])
         if "/preupload/" in self.path:
             files = [
@@ -85,7 +87,7 @@ def serve_hub() -> Iterator[tuple[str, Repositories]]:
     repositories: Repositories = {}
     handler = type("Handler", (_Handler,), {"repositories": repositories})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", repositories
         server.shutdown()

@@ -94,7 +94,11 @@ def test_the_card_says_what_the_model_is(run_config: RunConfig) -> None:
     config = run_config(license="mit")
     summary = train_language_model(config)
     card = ModelCard.load(Path(config.output_dir) / "README.md")
-    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == ("mit", "transformers", "text-generation")
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "mit",
+        "transformers",
+        "text-generation",
+    )
     measured = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert measured == {
         "perplexity, vote, mean probability": summary["eval_perplexity_probs_vote"],
@@ -113,7 +117,9 @@ def test_the_card_says_what_the_model_is(run_config: RunConfig) -> None:
     assert str(Path(config.data.train).parent) not in card.content
 
 
-def test_the_card_names_the_sources_of_a_prepared_corpus(run_config: RunConfig, corpus_dir: Path, tmp_path: Path) -> None:
+def test_the_card_names_the_sources_of_a_prepared_corpus(
+    run_config: RunConfig, corpus_dir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "corpus").symlink_to(corpus_dir)
     prepared = tmp_path / "prepared"
     prepared.mkdir()
@@ -165,7 +171,9 @@ def test_a_run_that_may_not_push_is_not_trained(
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     config = run_config(push_to_hub=True, hub_model_id="sparse")
-    with pytest.raises(ValueError, match=r"push_to_hub=True: the repository 'sparse' cannot be used(?s:.*)hf auth login"):
+    with pytest.raises(
+        ValueError, match=r"push_to_hub=True: the repository 'sparse' cannot be used(?s:.*)hf auth login"
+    ):
         train_language_model(config)
     assert not Path(config.output_dir).exists()
 
