@@ -12,7 +12,7 @@ from .sources import describe_sources
 
 @dataclass(frozen=True)
 class Provenance:
-    """`name` fits into a sentence, `description` is Markdown; `hub_id` is the data set's on the hub, if it is there."""
+    """`name` fits into a sentence, `description` is Markdown; `hub_id` is the data set's, if the hub has it."""
 
     name: str
     description: str

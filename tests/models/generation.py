@@ -1,5 +1,5 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""What any causal language model can do in `generate`, checked against the same without a cache, written out slowly."""
+"""What any causal language model can do in `generate`, against the same written out slowly, without a cache."""
 
 from collections.abc import Callable
 from typing import Any

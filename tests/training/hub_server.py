@@ -2,6 +2,7 @@
 """The part of the Hugging Face Hub that uploads and downloads need, on loopback and in memory."""
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 TOKEN = "hf_test"
 USER = "tester"
+COMMIT = "0" * 40
 Repositories = dict[str, dict[str, bytes]]
 
 
@@ -23,51 +25,62 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_file()
 
     def do_GET(self) -> None:
+        repository = self._repository()
         if "/resolve/" in self.path:
-            return self._send_file()
-        repository = "/".join(self.path.split("?")[0].split("/")[3:5])
-        if "/tree/" in self.path or repository not in self.repositories:
-            return self._send_error(404, "EntryNotFound" if "/tree/" in self.path else "RepoNotFound")
-        files = [{"rfilename": name} for name in self.repositories[repository]]
-        self._send_json({"id": repository, "sha": "0" * 40, "siblings": files, "tags": []})
+            self._send_file()
+        elif "/tree/" in self.path or repository not in self.repositories:
+            self._send_error(404, "EntryNotFound" if "/tree/" in self.path else "RepoNotFound")
+        else:
+            files = [{"rfilename": name} for name in self.repositories[repository]]
+            self._send_json({"id": repository, "sha": COMMIT, "siblings": files, "tags": []})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self._send_error(401, "Unauthorized")
-        if self.path == "/api/repos/create":
-            request = json.loads(body)
-            repository = f"{request['organization'] or USER}/{request['name']}"
-            self.repositories.setdefault(repository, {})
-            return self._send_json({"url": f"http://{self.headers['Host']}/{repository}", "id": repository})
-        if self.path == "/api/validate-yaml":
-            return self._send_json({"errors": [], "warnings": []})
-        repository = "/".join(self.path.split("/")[3:5])
-        if "/preupload/" in self.path:
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            return self._send_json({"files": files})
-        assert "/commit/" in self.path, self.path
-        for line in map(json.loads, body.splitlines()):
-            if line["key"] == "file":
-                self.repositories[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        self._send_json({"commitUrl": f"http://{self.headers['Host']}/{repository}/commit/0", "commitOid": "0" * 40})
+            self._send_error(401, "Unauthorized")
+        elif self.path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif self.path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            answer = {"uploadMode": "regular", "shouldIgnore": False}
+            self._send_json({"files": [{"path": file["path"], **answer} for file in json.loads(body)["files"]]})
+        else:
+            assert "/commit/" in self.path, self.path
+            self._commit([json.loads(line) for line in body.splitlines()])
+
+    def _repository(self) -> str:
+        """Of a path `/api/models/USER/NAME/...`."""
+        return "/".join(self.path.split("?")[0].split("/")[3:5])
+
+    def _create(self, request: dict[str, Any]) -> None:
+        repository = f"{request['organization'] or USER}/{request['name']}"
+        self.repositories.setdefault(repository, {})
+        self._send_json({"url": f"http://{self.headers['Host']}/{repository}", "id": repository})
+
+    def _commit(self, operations: list[dict[str, Any]]) -> None:
+        repository = self._repository()
+        for operation in operations:
+            if operation["key"] == "file":
+                file = operation["value"]
+                self.repositories[repository][file["path"]] = base64.b64decode(file["content"])
+        url = f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}"
+        self._send_json({"commitUrl": url, "commitOid": COMMIT})
 
     def _send_file(self) -> None:
         repository, _, rest = self.path.strip("/").partition("/resolve/")
-        name = rest.partition("/")[2]
-        if name not in self.repositories.get(repository, {}):
-            return self._send_error(404, "EntryNotFound")
-        content = self.repositories[repository][name]
-        self._send(200, content, {"ETag": f'"{hash(content)}"', "X-Repo-Commit": "0" * 40})
+        content = self.repositories.get(repository, {}).get(rest.partition("/")[2])
+        if content is None:
+            self._send_error(404, "EntryNotFound")
+        else:
+            etag = hashlib.sha256(content).hexdigest()
+            self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 
     def _send_json(self, answer: Any) -> None:
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _send_error(self, status: int, code: str) -> None:
-        self._send(status, b"", {"X-Error-Code": code, "X-Repo-Commit": "0" * 40})
+        self._send(status, b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
