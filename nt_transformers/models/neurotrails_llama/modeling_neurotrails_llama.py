@@ -285,7 +285,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -500,7 +500,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         return embeddings
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -558,10 +558,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             head_logits=head_logits,
         )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, QuantizedCache):
             # Of all caches this one counts num_hidden_layers.
