@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Training a NeuroTrails LLaMA on text, from configuration to Hub checkpoint."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -23,9 +23,13 @@ from ..data import (
     validation_sequences,
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from .config import TrainingConfig, check
-from .export import export_checkpoint
+from ..validation import check, check_types
+from .config import TrainingConfig
+from .engine import accelerated
+from .export import export_checkpoint, model_card
+from .hub import create_hub_repository, push_run
 from .loop import Batch, Position, TrainingLoop
+from .state import unsharded, whole_weights
 
 
 @dataclass(kw_only=True)
@@ -63,16 +67,24 @@ class LlamaArguments:
     initializer_range: float = 0.02
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        # Mistakes show before tokenizer and text are loaded.
+        self._config(vocab_size=1 if self.vocab_size is None else self.vocab_size)
+
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """A new network for the tokenizer's vocabulary, drawn from torch's global generator."""
-        shape = asdict(self)
-        if shape["num_head_layers"] is None:
-            shape["num_head_layers"] = shape["num_hidden_layers"]
-        if shape["vocab_size"] is None:
-            shape["vocab_size"] = len(tokenizer)
-        check_vocab_size(tokenizer, shape["vocab_size"])
+        vocab_size = len(tokenizer) if self.vocab_size is None else self.vocab_size
+        check_vocab_size(tokenizer, vocab_size)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**shape, **special))
+        return NeuroTrailsLlamaForCausalLM(self._config(vocab_size=vocab_size, **special))
+
+    def _config(self, **fields: Any) -> NeuroTrailsLlamaConfig:
+        layers = self.num_hidden_layers if self.num_head_layers is None else self.num_head_layers
+        try:
+            return NeuroTrailsLlamaConfig(**asdict(self) | {"num_head_layers": layers} | fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -96,6 +108,11 @@ class PretrainedArguments:
     vote: Literal["probs", "logits"] | None = None
     noise: float = 0.0
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        check(self.from_pretrained != "", "model.from_pretrained", "", "name a folder or a model of the hub")
+        check(self.noise >= 0, "model.noise", self.noise, "give zero or a positive number")
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """The checkpoint's network in float32, with the heads asked for; noise is keyed by torch's seed."""
@@ -151,10 +168,12 @@ class ContinuedTextTrainingConfig(TrainingConfig):
     Args:
         model: The checkpoint, and the heads that a dense one gets.
         data: Where the text comes from and how it becomes sequences of tokens.
+        license: Licence of the trained weights, for the model card: mostly the checkpoint's.
     """
 
     model: PretrainedArguments
     data: TextDataConfig
+    license: str = "other"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,37 +234,34 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
 
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+        Interrupted, NonFiniteError, CheckpointError: see `TrainingLoop.run`.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
-        )
-    task = TextTask(config, accelerator)
-    loop = TrainingLoop(config, task, accelerator)
-    if config.report_to:
-        run_name = config.run_name or Path(config.output_dir).name
-        accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
-    loop.run()
-    accelerator.end_training()
-    network = accelerator.unwrap_model(loop.model)
-    topology = loop.sparsifier.summary()
-    summary = {
-        "steps": loop.step,
-        "tokens": loop.items,
-        "parameters": network.num_parameters(),
-        "active_parameters": network.num_parameters() - (topology.numel - topology.nonzeros),
-        "density": topology.density,
-        "explored": topology.explored,
-        **loop.last_evaluation,
-        "config": config.identity(),
-    }
-    if accelerator.is_main_process:
-        export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    accelerator.wait_for_everyone()
+    with accelerated(config) as accelerator:
+        task = TextTask(config, accelerator)
+        repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
+        loop = TrainingLoop(config, task, accelerator)
+        if config.report_to:
+            run_name = config.run_name or Path(config.output_dir).name
+            accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
+        loop.run()
+        weights = whole_weights(loop.network, accelerator)
+        parameters = loop.network.num_parameters()
+        topology = loop.sparsifier.summary()
+        summary = {
+            "steps": loop.step,
+            "tokens": loop.items,
+            "parameters": parameters,
+            "active_parameters": parameters - (topology.numel - topology.nonzeros),
+            "density": topology.density,
+            "explored": topology.explored,
+            **loop.last_evaluation,
+            "config": config.identity(),
+        }
+        if accelerator.is_main_process:
+            network = unsharded(loop.network, weights)
+            output_dir = Path(config.output_dir)
+            card = model_card(repository or output_dir.resolve().name, config.license, network, summary)
+            export_checkpoint(output_dir, network, task.tokenizer, card, summary)
+            if repository is not None:
+                push_run(output_dir, repository)
     return summary
