@@ -99,6 +99,7 @@ class TrainingLoop:
         self.last_evaluation: dict[str, Any] = {}
         self.guard = NonFiniteGuard(config.on_non_finite)
         self.stopping = False
+        self.window_losses: torch.Tensor
 
         if accelerator.is_fsdp2:
             check_shardable(task.model)
@@ -209,7 +210,7 @@ class TrainingLoop:
 
     def _reset_window(self) -> None:
         """Starts a new stretch of steps over which the logged losses are averaged."""
-        self.window_losses: torch.Tensor = torch.zeros(0, device=self.accelerator.device)
+        self.window_losses = torch.zeros(0, device=self.accelerator.device)
         self.window_steps_start = self.step
         self.window_items_start = self.items
         self.window_start = time.perf_counter()
