@@ -50,14 +50,21 @@ print(model.config.id2label[model(**inputs).logits.argmax(-1).item()])
 
 `trust_remote_code=True` is not needed where `nt_transformers` is imported. `model.active_heads = 1` votes with
 the first head only.
+
+## Licence
+
+Weights: {{ license }}. Modelling code: Apache-2.0. The training images keep the licences of their sources.
 """
     + CITATION
 )
 FIGURES = ("accuracy", "nll", "ece", "brier")
 
 
-def image_classifier_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
-    """The card of a trained image classifier, filled with the measured test figures of `summary`."""
+def image_classifier_card(name: str, license: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
+    """The card of a trained image classifier, filled with the measured test figures of `summary`.
+
+    `name` is what the model is loaded by: its id on the hub, or the name of its folder.
+    """
     config, run = model.config, summary["config"]
     predictions = {
         "vote, mean probability": [summary[f"test_{figure}_probs_vote"] for figure in FIGURES],
@@ -68,6 +75,7 @@ def image_classifier_card(name: str, model: PreTrainedModel, summary: dict[str, 
     test_data = f"{run['data.test'] or run['data.train']}, {run['data.test_split']}"
     card_data = ModelCardData(
         library_name="transformers",
+        license=license,
         pipeline_tag="image-classification",
         tags=["neurotrails", "sparse", "ensemble"],
         model_name=name,
@@ -92,6 +100,7 @@ def image_classifier_card(name: str, model: PreTrainedModel, summary: dict[str, 
         card_data,
         template_str=CARD_TEMPLATE,
         name=name,
+        license=license,
         classes=config.num_labels,
         heads=config.num_ensemble_heads,
         head_blocks=run["model.num_head_blocks"] or "all",

@@ -27,6 +27,7 @@ from ..validation import check
 from .config import FREE_ON_RESUME, TrainingConfig
 from .engine import accelerated
 from .export import export_checkpoint
+from .hub import create_hub_repository, push_run
 from .image_card import image_classifier_card
 from .loop import Batch, Position
 from .run import run_training
@@ -173,9 +174,13 @@ def train_image_classifier(config: VisionTrainingConfig) -> dict[str, Any]:
     """
     with accelerated(config) as accelerator:
         task = VisionTask(config, accelerator)
+        repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
         network, summary = run_training(config, task, accelerator)
         summary = task.test() | summary
         if accelerator.is_main_process:
-            card = image_classifier_card(Path(config.output_dir).resolve().name, network, summary)
-            export_checkpoint(Path(config.output_dir), network, image_processor(config.data), card, summary)
+            output_dir = Path(config.output_dir)
+            card = image_classifier_card(repository or output_dir.resolve().name, config.license, network, summary)
+            export_checkpoint(output_dir, network, image_processor(config.data), card, summary)
+            if repository is not None:
+                push_run(output_dir, repository)
     return summary
