@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from .. import models  # noqa: F401  (registers them with the Auto classes)
 from ..analysis.classification import score_classifier
@@ -53,7 +53,7 @@ class ClassifierArguments:
     vote: Literal["probs", "logits"] = "probs"
     shape: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, data: ImageDataConfig, class_names: Sequence[str]) -> PreTrainedModel:
+    def build(self, data: ImageDataConfig, class_names: Sequence[str]) -> nn.Module:
         """A new network for images as `data` prepares them, drawn from torch's global generator.
 
         Raises:
