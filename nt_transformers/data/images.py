@@ -8,7 +8,6 @@ import glob
 import gzip
 import io
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from ..validation import check, check_types
 from .documents import is_local
 
 
@@ -94,12 +94,13 @@ class ImageDataConfig:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         for name in ("train", "train_split", "test_split", "image_column", "label_column"):
             self._check(bool(getattr(self, name)), name, "name one")
         for name in ("validation_size", "crop_padding", "num_workers"):
             self._check(getattr(self, name) >= 0, name, "give 0 or more")
         for name in ("mixup", "cutmix"):
-            self._check(0 <= getattr(self, name) < math.inf, name, "give 0 (none) or a positive number")
+            self._check(getattr(self, name) >= 0, name, "give 0 (none) or a positive number")
         self._check(self.image_size >= 1, "image_size", "give at least 1 pixel")
         self._check(0 < self.center_crop <= 1, "center_crop", "give a share above 0 and at most 1")
         self._check(0 <= self.label_smoothing < 1, "label_smoothing", "give a share from 0 up to, not including, 1")
@@ -110,8 +111,7 @@ class ImageDataConfig:
         self._check(all(value > 0 for value in self.std), "std", "give positive numbers")
 
     def _check(self, valid: bool, name: str, remedy: str) -> None:
-        if not valid:
-            raise ValueError(f"data.{name}={getattr(self, name)!r}: {remedy}")
+        check(valid, f"data.{name}", getattr(self, name), remedy)
 
     @property
     def num_channels(self) -> int:
