@@ -5,23 +5,22 @@ Notable:
 - the loss is the mean over all items (tokens, images) of the global batch, however it is split over processes and
   accumulation steps;
 - the sparsifier sees the gradient of the whole global batch;
-- the data position travels with each batch, so a checkpoint resumes bit for bit on one process.
+- the data position travels with each batch, so a checkpoint resumes bit for bit on as many processes as saved it;
+- a checkpoint holds whole tensors: any engine, and any number of processes, resumes it.
 """
 
 import contextlib
 import json
 import math
-import random
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import nn
 from tqdm import tqdm
 
@@ -34,8 +33,17 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainingConfig
+from .engine import check_shardable, root_gathered
 from .metrics import MetricsLog
 from .optimization import build_optimizer, learning_rate
+from .state import (
+    load_optimizer_state,
+    load_weights,
+    random_states,
+    restore_random_states,
+    whole_optimizer_state,
+    whole_weights,
+)
 
 
 Batch = dict[str, Any]
@@ -70,8 +78,8 @@ class TrainingLoop:
         accelerator: Device, precision and processes.
 
     Raises:
-        ValueError: the batch does not divide, `output_dir` holds another run, or the checkpoint to resume is damaged
-            or belongs to another configuration.
+        ValueError: the batch does not divide, the network cannot be sharded, `output_dir` holds another run, or the
+            checkpoint to resume is damaged or belongs to another configuration.
     """
 
     def __init__(self, config: TrainingConfig, task: Task, accelerator: Accelerator) -> None:
@@ -85,6 +93,8 @@ class TrainingLoop:
         self.position: Position | None = None
         self.last_evaluation: dict[str, Any] = {}
 
+        if accelerator.is_fsdp2:
+            check_shardable(task.model)
         checkpoint = self._find_resume_point()
         self.model, self.optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config))
         self.network = accelerator.unwrap_model(self.model)
@@ -185,50 +195,66 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         self.network.eval()
-        self.last_evaluation = self.task.evaluate()
+        with root_gathered(self.network):
+            self.last_evaluation = self.task.evaluate()
         self.network.train()
         self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start
 
     def _save(self) -> None:
         start = time.perf_counter()
+        weights, training, state = self._snapshot()
         if self.accelerator.is_main_process:
-            weights = {name: value.detach().contiguous() for name, value in _own_tensors(self.network)}
-            training = {
-                "optimizer": self.optimizer.state_dict(),
-                "sparsifier": self.sparsifier.state_dict(),
-                "random": _random_states(),
-            }
-            state = {
-                "step": self.step,
-                "items": self.items,
-                "position": self.position,
-                "window": {
-                    "losses": self.window_losses.tolist(),
-                    "steps_start": self.window_steps_start,
-                    "items_start": self.window_items_start,
-                },
-                "config": self.config.identity(),
-            }
             save_checkpoint(self.checkpoints, self.step, weights, training, state)
             rotate_checkpoints(self.checkpoints, self.config.keep_last)
         self.accelerator.wait_for_everyone()
         self.window_start += time.perf_counter() - start
 
+    def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+        """What the main process is to save; every process has to call this."""
+        process = {"random": random_states(self.accelerator.device), "window_losses": self.window_losses.tolist()}
+        training = {
+            "optimizer": whole_optimizer_state(self.network, self.optimizer.optimizer),
+            "sparsifier": self.sparsifier.state_dict(),
+            "processes": gather_object([process]),
+        }
+        state = {
+            "step": self.step,
+            "items": self.items,
+            "position": self.position,
+            "last_evaluation": self.last_evaluation,
+            "window": {"steps_start": self.window_steps_start, "items_start": self.window_items_start},
+            "batch_split": self._batch_split(),
+            "config": self.config.identity(),
+        }
+        return whole_weights(self.network, self.accelerator), training, state
+
+    def _batch_split(self) -> dict[str, int]:
+        """How the global batch is shared out: what may change between a run and its resumption, at a price."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "per_device_batch_size": self.config.per_device_batch_size,
+        }
+
     def _find_resume_point(self) -> Path | None:
         """The checkpoint to continue from; clears or protects what `output_dir` already holds."""
         if self.config.resume_from_checkpoint == "latest":
-            for folder in reversed(list_checkpoints(self.checkpoints)):
-                damage = find_damage(folder)
-                if damage is None:
-                    return folder
-                self.accelerator.print(f"skipping {folder}: {damage}")
-            return None
+            # One process looks, so that all of them resume the same one.
+            found = [self._newest_checkpoint() if self.accelerator.is_main_process else None]
+            return broadcast_object_list(found)[0]
         if self.config.resume_from_checkpoint is not None:
             return Path(self.config.resume_from_checkpoint)
         if self.accelerator.is_main_process:
             self._make_room()
         self.accelerator.wait_for_everyone()
+        return None
+
+    def _newest_checkpoint(self) -> Path | None:
+        for folder in reversed(list_checkpoints(self.checkpoints)):
+            damage = find_damage(folder)
+            if damage is None:
+                return folder
+            self.accelerator.print(f"skipping {folder}: {damage}")
         return None
 
     def _make_room(self) -> None:
@@ -243,16 +269,31 @@ class TrainingLoop:
     def _resume(self, folder: Path) -> None:
         weights, training, state = load_checkpoint(folder)
         self._check_same_run(folder, state["config"])
-        for name, value in _own_tensors(self.network):
-            value.data.copy_(weights[name])
-        self.optimizer.load_state_dict(training["optimizer"])
+        load_weights(self.network, weights)
+        load_optimizer_state(self.network, self.optimizer.optimizer, training["optimizer"])
         self.sparsifier.load_state_dict(training["sparsifier"])
-        _restore_random_states(training["random"])
         self.step, self.items, self.position = state["step"], state["items"], state["position"]
-        self.window_losses = torch.tensor(state["window"]["losses"], device=self.accelerator.device)
+        self.last_evaluation = state["last_evaluation"]
         self.window_steps_start = state["window"]["steps_start"]
         self.window_items_start = state["window"]["items_start"]
+        self._resume_process(training["processes"])
         self.accelerator.print(f"resuming {folder} at step {self.step} of {self.config.max_steps}")
+        if state["batch_split"] != self._batch_split():
+            self.accelerator.print(
+                f"the global batch was split by {state['batch_split']}, now by {self._batch_split()}: weights, masks, "
+                "optimizer, schedules and data position continue exactly; sums over the batch are rounded in another "
+                "order, and random draws other than those of data and masks (dropout) are not those of the former run"
+            )
+
+    def _resume_process(self, processes: list[dict[str, Any]]) -> None:
+        """Takes up what each process held for itself; for another number of processes the sums stay right."""
+        rank, size = self.accelerator.process_index, len(processes)
+        restore_random_states(processes[rank % size]["random"], self.accelerator.device)
+        losses = torch.tensor([process["window_losses"] for process in processes], device=self.accelerator.device)
+        if size == self.accelerator.num_processes:
+            self.window_losses = losses[rank]
+        else:
+            self.window_losses = losses.sum(0) * self.accelerator.is_main_process
 
     def _check_same_run(self, folder: Path, saved: dict[str, Any]) -> None:
         own = json.loads(json.dumps(self.config.identity()))
@@ -266,28 +307,3 @@ class TrainingLoop:
                 f"resume_from_checkpoint={str(folder)!r}: it belongs to another configuration; "
                 f"give the same values or start a new run ({'; '.join(different)})"
             )
-
-
-def _own_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and saved buffers, tied ones once."""
-    names = network.state_dict().keys()
-    yield from network.named_parameters()
-    yield from ((name, buffer) for name, buffer in network.named_buffers() if name in names)
-
-
-def _random_states() -> dict[str, Any]:
-    numpy_state: Any = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
-        "python": random.getstate(),
-    }
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    np.random.set_state(tuple(states["numpy"]))
-    random.setstate(states["python"])

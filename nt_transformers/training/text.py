@@ -24,8 +24,10 @@ from ..data import (
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from .config import TrainingConfig, check
+from .engine import accelerated
 from .export import export_checkpoint
 from .loop import Batch, Position, TrainingLoop
+from .state import unsharded, whole_weights
 
 
 @dataclass(kw_only=True)
@@ -216,36 +218,28 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
-        )
-    task = TextTask(config, accelerator)
-    loop = TrainingLoop(config, task, accelerator)
-    if config.report_to:
-        run_name = config.run_name or Path(config.output_dir).name
-        accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
-    loop.run()
-    accelerator.end_training()
-    network = accelerator.unwrap_model(loop.model)
-    topology = loop.sparsifier.summary()
-    summary = {
-        "steps": loop.step,
-        "tokens": loop.items,
-        "parameters": network.num_parameters(),
-        "active_parameters": network.num_parameters() - (topology.numel - topology.nonzeros),
-        "density": topology.density,
-        "explored": topology.explored,
-        **loop.last_evaluation,
-        "config": config.identity(),
-    }
-    if accelerator.is_main_process:
-        export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    accelerator.wait_for_everyone()
+    with accelerated(config) as accelerator:
+        task = TextTask(config, accelerator)
+        loop = TrainingLoop(config, task, accelerator)
+        if config.report_to:
+            run_name = config.run_name or Path(config.output_dir).name
+            accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
+        loop.run()
+        weights = whole_weights(loop.network, accelerator)
+        parameters = loop.network.num_parameters()
+        topology = loop.sparsifier.summary()
+        summary = {
+            "steps": loop.step,
+            "tokens": loop.items,
+            "parameters": parameters,
+            "active_parameters": parameters - (topology.numel - topology.nonzeros),
+            "density": topology.density,
+            "explored": topology.explored,
+            **loop.last_evaluation,
+            "config": config.identity(),
+        }
+        if accelerator.is_main_process:
+            network = unsharded(loop.network, weights)
+            export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
+            (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return summary

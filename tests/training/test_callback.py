@@ -223,7 +223,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("engine", "message"),
         [
-            ({"distributed_type": DistributedType.DEEPSPEED}, "distributed_type=DEEPSPEED.*leave the engine out"),
+            ({"distributed_type": DistributedType.DEEPSPEED}, "distributed_type=DEEPSPEED.*use DDP"),
             ({"distributed_type": DistributedType.FSDP}, "distributed_type=FSDP.*leave the engine out"),
             ({"mixed_precision": "fp16"}, "mixed_precision='fp16'.*bf16"),
         ],
