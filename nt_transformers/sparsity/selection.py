@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 
+# Below this size a bracket costs more than it saves.
+_SMALL = 1 << 14
+
+
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
     """A generator seeded by the key alone: the same draws on every rank and after every resume."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -71,6 +75,8 @@ def _kth_largest(scores: Tensor, candidates: Tensor, k: int, available: int) -> 
     what lies above the bracket, and only the few scores inside it are partitioned.
     """
     scores, candidates = scores.flatten(), candidates.flatten()
+    if len(scores) < _SMALL:
+        return _ranked(_compress(scores, candidates), [available - k])[0]
     low, high = _bracket(scores, candidates, 1 - k / available)
     inside = (scores >= low).logical_and_(scores <= high).logical_and_(candidates)
     rank = k - int((scores > high).logical_and_(candidates).count_nonzero())

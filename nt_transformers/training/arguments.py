@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
+from .plan import Hardware, Plannable
+
 
 Config = TypeVar("Config")
 
@@ -36,9 +38,22 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         "--config", action=ActionConfigFile, help="YAML file of fields; may be given several times, the last one wins"
     )
     parser.add_class_arguments(config_class, as_group=False)
+    if issubclass(config_class, Plannable):
+        parser.add_argument(
+            "--plan", action="store_true", help="print parameters, FLOPs, memory of a process and time; do not train"
+        )
+        parser.add_class_arguments(Hardware, "hardware")
     fields = parser.parse_args(arguments)
     del fields["config"]
+    values = vars(parser.instantiate(fields))
     try:
-        return config_class(**vars(parser.instantiate(fields)))
+        hardware = Hardware(**vars(values.pop("hardware"))) if "hardware" in values else None
+        planned = values.pop("plan", False)
+        config = config_class(**values)
+        plan = config.plan(hardware) if isinstance(config, Plannable) and hardware and planned else None
     except ValueError as error:
         parser.error(str(error))
+    if plan is not None:
+        print(plan)
+        parser.exit()
+    return config

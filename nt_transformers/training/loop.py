@@ -44,6 +44,7 @@ from .state import (
     whole_optimizer_state,
     whole_weights,
 )
+from .timing import PhaseTimer
 
 
 Batch = dict[str, Any]
@@ -101,6 +102,7 @@ class TrainingLoop:
         self.sparsifier = Sparsifier(
             self.network, self.optimizer.optimizer, config.sparsity, total_steps=config.max_steps
         )
+        self.timer = PhaseTimer(accelerator.device)
         self._reset_window()
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -123,7 +125,9 @@ class TrainingLoop:
         self.network.train()
         self.window_start = time.perf_counter()
         while self.step < self.config.max_steps:
-            self._optimizer_step([next(batches) for _ in range(self.accumulation_steps)])
+            with self.timer("data"):
+                micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
+            self._optimizer_step(micro_batches)
             progress.update()
             if self._due(self.config.logging_steps):
                 progress.set_postfix(self._log_window())
@@ -146,19 +150,23 @@ class TrainingLoop:
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 inputs = send_to_device(batch, self.accelerator.device, non_blocking=True)
-                loss, head_losses = self.task.loss(self.model, inputs, num_items.clamp(min=1))
+                with self.timer("forward"):
+                    loss, head_losses = self.task.loss(self.model, inputs, num_items.clamp(min=1))
                 # Data-parallel engines average gradients over processes; the loss is already a share of the whole.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                with self.timer("backward"):
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
             self._add_to_window(loss, head_losses)
 
         self.step += 1
         self.items += int(num_items)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        if self.config.max_grad_norm is not None or self._due(self.config.logging_steps):
-            self.grad_norm = self.sparsifier.clip_grad_norm_(self.config.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.sparsifier.step()
+        with self.timer("optimizer"):
+            if self.config.max_grad_norm is not None or self._due(self.config.logging_steps):
+                self.grad_norm = self.sparsifier.clip_grad_norm_(self.config.max_grad_norm or math.inf)
+            self.optimizer.step()
+        with self.timer("sparsifier"):
+            self.sparsifier.step()
         self.optimizer.zero_grad()
 
     def _reset_window(self) -> None:
@@ -187,6 +195,7 @@ class TrainingLoop:
             "explored": self.sparsifier.explored,
             "seconds": round(seconds, 3),
             "tokens_per_second": round((self.items - self.window_items_start) / seconds, 1),
+            **self.timer.take_shares(),
         }
         self.metrics.write(metrics)
         self._reset_window()
@@ -195,7 +204,7 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         self.network.eval()
-        with root_gathered(self.network):
+        with self.timer("evaluation"), root_gathered(self.network):
             self.last_evaluation = self.task.evaluate()
         self.network.train()
         self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
