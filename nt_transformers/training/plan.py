@@ -85,7 +85,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes; FLOPs are per item (token, image): `flops` as computed, `sparse_flops` of weights that exist."""
+    """What a run takes. FLOPs are per item (token, image): `flops` as computed, `sparse_flops` of existing weights."""
 
     parameters: int
     active_parameters: int
