@@ -70,9 +70,9 @@ RUNS: dict[str, dict[str, Any]] = {
 def training_config(model: dict[str, Any], batch_size: int = 8, **options: Any) -> TextTrainingConfig:
     """A run of `STEPS` steps; its data are not read."""
     return TextTrainingConfig(
-        output_dir="",
+        output_dir="unused",
         model=LlamaArguments(**model),
-        data=TextDataConfig(train="", tokenizer="", sequence_length=256),
+        data=TextDataConfig(train="unused", tokenizer="unused", sequence_length=256),
         sparsity=SparsityConfig(method="neurotrails_llm", update_interval=1, drop_schedule="constant"),
         max_steps=STEPS,
         global_batch_size=batch_size,
@@ -83,7 +83,7 @@ def training_config(model: dict[str, Any], batch_size: int = 8, **options: Any) 
 
 def train(config: TextTrainingConfig) -> None:
     """The steps of the run on random tokens, with a topology update after the first."""
-    model = NeuroTrailsLlamaForCausalLM(config.model.outline("")).train()
+    model = NeuroTrailsLlamaForCausalLM(config.model.outline("unused")).train()
     config.prepare(model)
     optimizer = build_optimizer(model, config)
     sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=STEPS)

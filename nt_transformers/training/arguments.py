@@ -45,12 +45,11 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         parser.add_class_arguments(Hardware, "hardware")
     fields = parser.parse_args(arguments)
     del fields["config"]
-    values = vars(parser.instantiate(fields))
     try:
-        hardware = Hardware(**vars(values.pop("hardware"))) if "hardware" in values else None
-        planned = values.pop("plan", False)
+        values = vars(parser.instantiate(fields))
+        hardware, planned = values.pop("hardware", None), values.pop("plan", False)
         config = config_class(**values)
-        plan = config.plan(hardware) if isinstance(config, Plannable) and hardware and planned else None
+        plan = config.plan(hardware) if planned and isinstance(config, Plannable) else None
     except ValueError as error:
         parser.error(str(error))
     if plan is not None:

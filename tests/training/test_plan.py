@@ -142,7 +142,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"per_device_batch_size": 256}, {"per_device_batch_size": 512, "headwise_backward": True}],
+    [{"per_device_batch_size": 96}, {"per_device_batch_size": 192, "headwise_backward": True}],
     ids=["plain", "headwise"],
 )
 def test_planned_memory_is_what_training_takes(options: dict[str, Any]) -> None:
