@@ -18,5 +18,5 @@ def launch(processes: int, script: Path, *arguments: object) -> str:
     run = subprocess.run(
         [*torchrun, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
     )
-    assert run.returncode == 0, run.stderr[-8000:]
+    assert run.returncode == 0, run.stderr
     return run.stdout

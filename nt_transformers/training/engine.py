@@ -4,11 +4,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from .config import TrainingConfig
 
@@ -26,6 +27,10 @@ def accelerated(config: TrainingConfig) -> Iterator[Accelerator]:
         project_dir=config.output_dir,
     )
     check_engine(accelerator.state)
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # By accelerate's own policy gradients, which choose the topology, and the loss would be rounded to bfloat16.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     try:
         yield accelerator
         accelerator.wait_for_everyone()

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from ..analysis import ModelCost
 from ..sparsity import planned_nonzeros
-from .config import TrainingConfig, check
+from ..validation import check, check_types
+from .config import TrainingConfig
 
 
 # Bytes an update of one tensor needs at a time per weight: keys or scores in float32, and masks of one byte.
@@ -52,6 +53,7 @@ class Hardware:
     utilisation: float = 0.4
 
     def __post_init__(self) -> None:
+        check_types(self, "hardware.")
         if self.num_processes is None:
             self.num_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if self.sharding is None:

@@ -3,6 +3,9 @@
 
 Weights and optimizer state are whole in a checkpoint, on whatever engine they were trained: one process, DDP and FSDP2
 resume each other's. What is called collective has to be called by all processes.
+
+The helpers of `torch.distributed.checkpoint` would not resume bit for bit: they take a step to create an optimizer's
+state, return its tuples as lists, and hold tied weights twice.
 """
 
 import random
@@ -13,13 +16,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ..sparsity.sharding import distribute, own_part, whole
@@ -34,12 +33,8 @@ def own_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def whole_weights(network: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """The tensors of `own_tensors` in the memory of the main process, nothing on the others; collective."""
-    weights = {}
-    for name, tensor in own_tensors(network):
-        gathered = whole(tensor.detach())
-        if accelerator.is_main_process:
-            weights[name] = gathered.cpu().contiguous()
-    return weights
+    weights = {name: _for_main_process(tensor, accelerator) for name, tensor in own_tensors(network)}
+    return weights if accelerator.is_main_process else {}
 
 
 @torch.no_grad()
@@ -49,21 +44,33 @@ def load_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         own_part(tensor).copy_(own_part(distribute(weights[name], tensor)))
 
 
-def whole_optimizer_state(network: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state by parameter name, whole on the main process, nothing on the others; collective."""
-    return get_optimizer_state_dict(
-        network, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+def whole_optimizer_state(optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Any]:
+    """`optimizer.state_dict()` in the memory of the main process, nothing on the others; collective."""
+    state = tree_map_only(torch.Tensor, lambda t: _for_main_process(t, accelerator), optimizer.state_dict())
+    return state if accelerator.is_main_process else {}
 
 
-def load_optimizer_state(network: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Continues from what `whole_optimizer_state` returned; every process gives all of it."""
-    set_optimizer_state_dict(network, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name: distribute(value, parameters[index]) if value.shape == parameters[index].shape else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
 
 
-def unsharded(network: Any, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _for_main_process(tensor: torch.Tensor, accelerator: Accelerator) -> Any:
+    gathered = whole(tensor.detach())
+    return gathered.cpu().contiguous() if accelerator.is_main_process else None
+
+
+def unsharded(network: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The network with its whole weights, as a model that is no longer sharded; one that is not is returned itself."""
-    if not isinstance(network, FSDPModule):
+    if FSDPModule not in type(network).__mro__:
         return network
     with torch.device("meta"):
         # A sharded model's class builds the class that it was before.

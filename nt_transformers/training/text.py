@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Training a NeuroTrails LLaMA on text, from configuration to Hub checkpoint."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -25,7 +25,8 @@ from ..data import (
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from ..sparsity import planned_nonzeros
-from .config import TrainingConfig, check
+from ..validation import check, check_types
+from .config import TrainingConfig
 from .engine import accelerated
 from .export import export_checkpoint
 from .loop import Batch, Position, TrainingLoop
@@ -68,21 +69,28 @@ class LlamaArguments:
     initializer_range: float = 0.02
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        # Mistakes show before tokenizer and text are loaded.
+        self._config(vocab_size=1 if self.vocab_size is None else self.vocab_size)
+
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """A new network for the tokenizer's vocabulary, drawn from torch's global generator."""
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         vocab_size = len(tokenizer) if self.vocab_size is None else self.vocab_size
         check_vocab_size(tokenizer, vocab_size)
-        return NeuroTrailsLlamaForCausalLM(self._config(vocab_size, **special))
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return NeuroTrailsLlamaForCausalLM(self._config(vocab_size=vocab_size, **special))
 
     def outline(self, tokenizer: str) -> NeuroTrailsLlamaConfig:
         """The network's configuration; the tokenizer (folder or hub id) is read only where it gives the vocabulary."""
-        return self._config(len(load_tokenizer(tokenizer)) if self.vocab_size is None else self.vocab_size)
+        return self._config(vocab_size=len(load_tokenizer(tokenizer)) if self.vocab_size is None else self.vocab_size)
 
-    def _config(self, vocab_size: int, **special: Any) -> NeuroTrailsLlamaConfig:
-        head_layers = self.num_hidden_layers if self.num_head_layers is None else self.num_head_layers
-        shape = asdict(self) | {"vocab_size": vocab_size, "num_head_layers": head_layers}
-        return NeuroTrailsLlamaConfig(**shape, **special)
+    def _config(self, **fields: Any) -> NeuroTrailsLlamaConfig:
+        layers = self.num_hidden_layers if self.num_head_layers is None else self.num_head_layers
+        try:
+            return NeuroTrailsLlamaConfig(**asdict(self) | {"num_head_layers": layers} | fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {error}") from error
 
 
 # What a dense LLaMA and the NeuroTrails LLaMA made of it have in common, as far as it decides over size.
@@ -119,6 +127,11 @@ class PretrainedArguments:
     vote: Literal["probs", "logits"] | None = None
     noise: float = 0.0
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        check(self.from_pretrained != "", "model.from_pretrained", "", "name a folder or a model of the hub")
+        check(self.noise >= 0, "model.noise", self.noise, "give zero or a positive number")
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """The checkpoint's network in float32, with the heads asked for; noise is keyed by torch's seed."""
@@ -313,6 +326,7 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
 
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+        Interrupted, NonFiniteError, CheckpointError: see `TrainingLoop.run`.
     """
     with accelerated(config) as accelerator:
         task = TextTask(config, accelerator)
@@ -337,5 +351,4 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
         if accelerator.is_main_process:
             network = unsharded(loop.network, weights)
             export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-            (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return summary
