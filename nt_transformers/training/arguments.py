@@ -1,6 +1,7 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Command lines of the recipes: YAML files plus any field again as an option."""
 
+import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -66,7 +67,8 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
     except ValueError as error:
         parser.error(str(error))
     if plan is not None:
-        print(plan)
+        if os.environ.get("RANK", "0") == "0":
+            print(plan)
         parser.exit()
     return config
 

@@ -43,7 +43,7 @@ class Hardware:
         num_processes: Processes, each with a device of its own.
         sharding: `ddp`: every process holds all weights. `fsdp2`: weights, gradients, optimizer and masks are shared
             out.
-        flops_per_second: Peak of one device in the precision of the run, in FLOP/s.
+        flops_per_second: Peak of one device in the precision of the run, in FLOP/s; by default an H100's in bf16.
         utilisation: Share of the peak that training reaches.
     """
 

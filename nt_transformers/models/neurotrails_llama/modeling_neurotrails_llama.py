@@ -494,8 +494,8 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         }
         if headwise_backward:
             assert labels is not None
-            head_losses = self._headwise_losses(inputs, labels, **kwargs)
-            return NeuroTrailsCausalLMOutputWithPast(loss=head_losses.mean(), head_losses=head_losses)
+            losses = self._headwise_losses(inputs, labels, **kwargs)
+            return NeuroTrailsCausalLMOutputWithPast(loss=losses.mean(), head_losses=losses)
         outputs = self.model(**inputs)
         lm_heads = [cast(nn.Linear, self.lm_heads[m]) for m in self.active_heads]
         logits = head_logits = head_losses = None
