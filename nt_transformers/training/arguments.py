@@ -27,7 +27,8 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
     """Builds a `config_class` from `--config FILE.yaml` (later files override earlier ones) and `--field value`.
 
     Fields of nested dataclasses are written with dots: `--sparsity.density 0.5`. A wrong field or value ends the
-    program with exit code 2 and one message, before any work.
+    program with exit code 2 and one message, before any work. If the dataclass can plan its run, `--plan` prints the
+    plan for `--hardware.*` and ends the program.
 
     Args:
         config_class: A dataclass; its docstring becomes the help text.
