@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.launching import launch
 
@@ -155,3 +156,14 @@ def test_checkpointing_holds_less_the_more_of_the_network_it_covers(make_model):
         peaks.append(peak_of_saved_activations(model, tokens))
     none, heads, everything = peaks
     assert everything < 0.6 * heads < 0.6 * 0.7 * none
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("headwise_backward", [False, True])
+def test_compiled_layers_give_the_same_gradients(make_model, tokens, headwise_backward):
+    model = make_model().train()
+    plain = gradients(model, tokens)
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.compile()
+    assert_same(plain, gradients(model, tokens, headwise_backward=headwise_backward))
