@@ -77,7 +77,7 @@ def is_small(value: Any) -> bool:
 
 
 @given(changes=st.dictionaries(st.sampled_from(OWN_FIELDS), VALUES, min_size=1, max_size=2))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_network_is_built_and_runs_or_its_config_is_refused(changes: dict[str, Any]) -> None:
     try:
         config = build(NeuroTrailsLlamaConfig, changes, **SHAPE)
@@ -97,7 +97,7 @@ NEEDS_MODEL = {"density": None, "exclude": None, "update_interval": None}
 
 
 @given(changes=changes(SparsityConfig))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_network_is_sparsified_or_the_config_is_refused(changes: dict[str, Any]) -> None:
     config = build(SparsityConfig, changes)
     if config is None:
@@ -116,7 +116,7 @@ def test_a_network_is_sparsified_or_the_config_is_refused(changes: dict[str, Any
 
 
 @given(changes=changes(TextDataConfig))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_data_configs(changes: dict[str, Any]) -> None:
     build(TextDataConfig, changes)
 
@@ -144,7 +144,7 @@ def run_defaults() -> dict[str, Any]:
 
 
 @given(changes=changes(TextTrainingConfig))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_training_configs(changes: dict[str, Any]) -> None:
     config = build(TextTrainingConfig, changes, **run_defaults())
     if config is None:
@@ -163,7 +163,7 @@ PLACES = [(section, name) for section, config_class in SECTIONS.items() for name
 
 
 @given(place=st.sampled_from(PLACES), value=VALUES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_is_accepted_or_refused_with_one_message(
     tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],

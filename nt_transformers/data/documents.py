@@ -9,6 +9,7 @@ import glob
 import gzip
 import json
 import logging
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class TextDataConfig:
         if split == "validation":
             if self.validation is not None:
                 source = self.validation
-            elif _is_local(source) and not (Path(source).expanduser() / split).is_dir():
+            elif _is_local(source) and not os.path.isdir(os.path.join(os.path.expanduser(source), split)):
                 raise ValueError(
                     f"data.validation is not set and data.train = {source!r} has no folder {split!r}: "
                     "set data.validation to the held-out documents."
@@ -152,7 +153,7 @@ def load_documents(
 
 def _is_local(source: str) -> bool:
     looks_local = source.startswith((".", "/", "~")) or source.endswith(SHARD_ENDINGS) or glob.has_magic(source)
-    return looks_local or Path(source).exists()
+    return looks_local or os.path.exists(source)
 
 
 def _load_hub(source: str, name: str | None, split: str, text_column: str, streaming: bool) -> Documents:
@@ -173,8 +174,9 @@ def _load_hub(source: str, name: str | None, split: str, text_column: str, strea
 
 
 def _find_shards(source: str, split: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    # The functions of os.path, unlike pathlib's, take what cannot be a path for one that does not exist.
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         path = path / split if (path / split).is_dir() else path
         candidates = list(path.iterdir())
     else:

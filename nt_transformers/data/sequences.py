@@ -276,15 +276,13 @@ def sequence_loader(sequences: TokenSequences, num_workers: int = 1) -> DataLoad
 def _prepare_worker(worker: int) -> None:
     # A fork does not copy the tokenizers library's threads: waiting for them, as this variable can demand, hangs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    outlast_first_signal()
+    # Terminals and launchers signal a whole group; the training process finishes its step first, which takes data.
+    os.setpgrp()
+    _outlast_first_signal()
 
 
-def outlast_first_signal() -> None:
-    """Lets this process go on after one SIGTERM or SIGINT and end by the second.
-
-    Schedulers and terminals signal a whole process group; the training process finishes its step first, and needs its
-    data for that.
-    """
+def _outlast_first_signal() -> None:
+    # Schedulers signal every process. The second one has to end it: so the training process ends its workers.
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def obey_the_next(*_: object) -> None:

@@ -8,6 +8,7 @@ and `manifest.json` (size and SHA-256 of every file, and of the list itself). It
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,7 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
         folder: The checkpoint.
         contents: Read the files and compare their hashes, not only their sizes.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return "there is no such folder"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

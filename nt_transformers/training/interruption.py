@@ -1,14 +1,19 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Signals that ask a run to stop: the first one is noted, the second ends the process at once."""
 
+import math
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# A launcher passes on what a scheduler or a terminal has sent to the whole process group already.
+ECHO_SECONDS = 2.0
 
 # EX_TEMPFAIL of sysexits.h, which schedulers are told to take for "run it again".
 INTERRUPTED = 75
@@ -24,9 +29,8 @@ class Interrupted(SystemExit):
 class StopSignals:
     """While entered, SIGTERM and SIGINT set `received`. In a thread other than the main one it does nothing."""
 
-    received: bool = False
-
     def __enter__(self) -> "StopSignals":
+        self._first = math.inf
         self._former: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -38,9 +42,16 @@ class StopSignals:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> bool:
+        return self._first < math.inf
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        for known in SIGNALS:
-            signal.signal(known, signal.SIG_DFL)
-        # Not print(): the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after a step; once more ends at once\n".encode())
+        now = time.monotonic()
+        if not self.received:
+            self._first = now
+            # Not print(): the signal may have come in the middle of one.
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after a step; once more ends at once\n".encode())
+        elif now - self._first > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

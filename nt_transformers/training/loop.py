@@ -100,6 +100,7 @@ class TrainingLoop:
         self.last_evaluation: dict[str, Any] = {}
         self.guard = NonFiniteGuard(config.on_non_finite)
         self.stopping = False
+        self.window_losses: torch.Tensor
 
         if accelerator.is_fsdp2:
             check_shardable(task.model)
@@ -319,7 +320,11 @@ class TrainingLoop:
         }
 
     def _find_resume_point(self) -> Path | None:
-        """The checkpoint to continue from; clears or protects what `output_dir` already holds."""
+        """The checkpoint to continue from; makes `output_dir`, clears or protects what it already holds."""
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir={self.config.output_dir!r}: it cannot be made ({error})") from error
         if self.config.resume_from_checkpoint == "latest":
             return self._newest_checkpoint()
         folder = None if self.config.resume_from_checkpoint is None else Path(self.config.resume_from_checkpoint)

@@ -68,6 +68,7 @@ class NonFiniteGuard:
         logger.warning(f"skipping a batch: {message}")
 
 
+@torch.no_grad()
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether no value of the tensors, as far as this process holds them, is NaN or infinite."""
     # A sum is finite only if all of its terms are, and takes a tenth of the time of isfinite.

@@ -223,7 +223,9 @@ def test_mixed_formats(tmp_path: Path) -> None:
     assert texts_of(load_documents(f"{tmp_path}/*.parquet")) == TEXTS
 
 
-@pytest.mark.parametrize("source", ["/nowhere/c4", "./nowhere/*.json.gz", "nowhere.parquet"])
+@pytest.mark.parametrize(
+    "source", ["/nowhere/c4", "./nowhere/*.json.gz", "nowhere.parquet", "~nowhere/c4", f"/nowhere/{'x' * 300}"]
+)
 def test_no_such_path(source: str) -> None:
     with pytest.raises(ValueError, match="no files to read at .*nowhere"):
         load_documents(source)

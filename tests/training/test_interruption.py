@@ -83,15 +83,19 @@ def test_a_signal_finishes_the_step_saves_and_stops(
 def test_the_second_signal_ends_the_process_at_once(number: signal.Signals) -> None:
     program = f"""
         import os, runpy, time
-        StopSignals = runpy.run_path({interruption.__file__!r})["StopSignals"]
-        with StopSignals() as signals:
+        module = runpy.run_path({interruption.__file__!r})
+        with module["StopSignals"]() as signals:
             os.kill(os.getpid(), {number.value})
             assert signals.received
+            os.kill(os.getpid(), {number.value})
+            print("the echo of a launcher is no second signal", flush=True)
+            time.sleep(module["ECHO_SECONDS"] + 0.1)
             os.kill(os.getpid(), {number.value})
             time.sleep(60)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50)
     assert run.returncode == -number
+    assert run.stdout == "the echo of a launcher is no second signal\n"
     assert f"{number.name}: stopping after a step; once more ends at once" in run.stderr
 
 
@@ -101,7 +105,7 @@ def test_a_non_finite_loss_stops_with_step_place_and_head(
     break_losses(monkeypatch, lambda call: call == 4 * MICRO_BATCHES + 1)
     config = run_config()
     position = r"\{'epoch': 0, 'shard': 0, 'document': %d, 'token': 0, 'skipped_records': 0\}"
-    culprits = r"loss nan of head 1; gradient of .*heads\.1\..* \(head 1\)"
+    culprits = r"loss nan of head 1; gradient of model\..* and others \(head 1\)"
     with pytest.raises(NonFiniteError, match=rf"step 5, data from {position % 32} to {position % 40}: {culprits}"):
         train_language_model(config)
     assert steps(config) == ["step_2", "step_4"]
@@ -137,7 +141,7 @@ def test_skipping_gives_up_when_no_batch_is_finite(run_config: RunConfig, monkey
 def test_poisoned_weights_never_replace_a_good_checkpoint(
     run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_config(keep_last=1)
+    config = run_config(keep_last=1, sparsity={"method": "static"})
     original = torch.optim.Adam.step
     calls = iter(range(1, 10**6))
 

@@ -209,14 +209,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"{name}={value!r}"):
             run_config(model=shape)
 
+    @pytest.mark.parametrize("name", ["file/run", "x" * 300])
+    def test_output_dir(self, run_config: RunConfig, tmp_path: Path, name: str) -> None:
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=r"output_dir=.*: it cannot be made \("):
+            train_language_model(run_config(output_dir=str(tmp_path / name)))
+
     def test_batch(self, run_config: RunConfig) -> None:
         self.fails(run_config(global_batch_size=6), "global_batch_size=6")
 
     def test_missing_checkpoint(self, run_config: RunConfig, tmp_path: Path) -> None:
-        self.fails(
-            run_config(resume_from_checkpoint=str(tmp_path / "nowhere")),
-            "nowhere.*cannot be resumed: there is no such folder",
-        )
+        for name in ("nowhere", "x" * 300):
+            config = run_config(resume_from_checkpoint=str(tmp_path / name))
+            self.fails(config, f"{name}.*cannot be resumed: there is no such folder")
 
 
 def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:

@@ -90,15 +90,15 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         """One entry for each decoder layer that is built; caches take their number of slots from its length."""
         return [self] * self.num_decoder_layers
 
-    @property
-    def layer_types(self) -> list[str]:
-        """The attention of each layer that is built; continuous batching sizes its cache by it."""
-        return ["full_attention"] * self.num_decoder_layers
-
     @per_layer_config.setter
     def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
         if value is not None:
             raise ValueError(f"per_layer_config={value!r}: all layers of this model are alike; leave the field out.")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The attention of each layer that is built; continuous batching sizes its cache by it."""
+        return ["full_attention"] * self.num_decoder_layers
 
     def validate_layer_type(self) -> None:
         """Nothing to check: `layer_types` follows from the other fields, and is longer than `num_hidden_layers`."""

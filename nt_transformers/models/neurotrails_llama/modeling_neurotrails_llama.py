@@ -68,7 +68,7 @@ class NeuroTrailsCausalLMOutputWithPast(CausalLMOutputWithPast):
     head_logits: torch.Tensor | None = None
 
 
-def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
+def count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
     """The running vote, in float32, with one more head's logits [..., vocab]; heads need not be alive together."""
     if vote == "probs":
         log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
@@ -76,7 +76,7 @@ def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> 
     return logits.float() if tally is None else tally + logits
 
 
-def _close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
+def close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
     """The log of the mean probability, or the mean logits, [..., vocab]."""
     return tally - math.log(num_votes) if vote == "probs" else tally / num_votes
 
@@ -204,7 +204,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -448,7 +448,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         return embeddings
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -533,10 +533,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             losses.append(headwise_loss(head_loss, stem, [*head.parameters(), *lm_head.parameters()]))
         return torch.stack(losses)
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, QuantizedCache):
             # Of all caches this one counts num_hidden_layers.
@@ -563,9 +563,9 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
                     self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 )
             if len(lm_heads) > 1:
-                tally = _count_vote(tally, logits, self.config.vote)
+                tally = count_vote(tally, logits, self.config.vote)
         if tally is not None:
-            logits = _close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
+            logits = close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
         return logits, torch.stack(head_logits) if head_logits else None, torch.stack(losses) if losses else None
 
 
@@ -576,4 +576,6 @@ __all__ = [
     "NeuroTrailsLlamaModel",
     "NeuroTrailsLlamaPreTrainedModel",
     "NeuroTrailsModelOutputWithPast",
+    "close_vote",
+    "count_vote",
 ]
