@@ -1,6 +1,10 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""Plans against what can be counted by hand."""
+"""Plans against what can be counted by hand and against the memory of real training."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +111,49 @@ def test_measured_memory_of_one_linear_layer() -> None:
     # Input 1000, output 500, its square and the gradients of both at most; the weight's gradient 5000.
     assert 4 * 6500 <= memory.total <= 4 * 8000
     assert 4 * 1500 <= memory.activations <= 4 * 8000
+
+
+TRAIN = """
+import json, resource, sys, torch
+from nt_transformers.models import NeuroTrailsLlamaForCausalLM
+from nt_transformers.sparsity import Sparsifier
+from nt_transformers.training.optimization import build_optimizer
+from tests.training.test_plan import run_config
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+torch.set_num_threads(1)
+config = run_config(**json.loads(sys.argv[1]))
+before = peak()
+model = NeuroTrailsLlamaForCausalLM(config.model.outline("unused")).train()
+config.prepare(model)
+optimizer = build_optimizer(model, config)
+sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=100)
+tokens = torch.randint(500, (config.per_device_batch_size, config.data.sequence_length))
+for _ in range(2):
+    config.loss(model, input_ids=tokens, labels=tokens)[0].backward()
+    optimizer.step()
+    sparsifier.step()
+    optimizer.zero_grad()
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"per_device_batch_size": 96}, {"per_device_batch_size": 192, "headwise_backward": True}],
+    ids=["plain", "headwise"],
+)
+def test_planned_memory_is_what_training_takes(options: dict[str, Any]) -> None:
+    shape = {"hidden_size": 320, "intermediate_size": 860, "num_hidden_layers": 6, "num_head_layers": 4}
+    given = {"model": shape, "global_batch_size": options["per_device_batch_size"], **options}
+    planned = run_config(**given).plan(Hardware(num_processes=1)).memory.total
+    command = [sys.executable, "-c", TRAIN, json.dumps(given)]
+    root = Path(__file__).parents[2]
+    # Lets glibc return what is freed, which it would keep in part.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(root)}
+    run = subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True, text=True)
+    measured = int(run.stdout)
+    assert planned == pytest.approx(measured, rel=0.15)
