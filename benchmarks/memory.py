@@ -13,8 +13,8 @@ parameters, once of the same width and so deeper, once of the same depth and so 
 and against a full ensemble: 3 stock LLaMAs of 8 layers in turn, each with its own optimizer.
 
 Memory is the peak resident set, imports included (`imports_gb`), in an environment where glibc returns what is freed.
-`planned_over_measured_*` compares the planner's total with the peak less the imports. `--llama-350m` measures, instead of all this, one step of LLaMA-350M with 3 heads
-of 16 layers, batch 2 x 256, headwise: it needs 20 GB.
+`planned_over_measured_*` compares the planner's total with the peak less the imports. `--llama-350m` measures, instead
+of all this, one step of LLaMA-350M with 3 heads of 16 layers, batch 2 x 256, headwise: it needs 20 GB.
 """
 
 import argparse
