@@ -46,6 +46,7 @@ from .state import (
     own_tensors,
     random_states,
     restore_random_states,
+    share_buffers,
     whole_optimizer_state,
     whole_weights,
 )
@@ -240,6 +241,7 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         self.network.eval()
+        share_buffers(self.network)
         with root_gathered(self.network):
             self.last_evaluation = self.task.evaluate()
         self.network.train()
@@ -285,6 +287,7 @@ class TrainingLoop:
 
     def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
         """What the main process is to save; every process has to call this."""
+        share_buffers(self.network)
         process = {"random": random_states(self.accelerator.device), "window_losses": self.window_losses.tolist()}
         training = {
             "optimizer": whole_optimizer_state(self.optimizer.optimizer, self.accelerator),
