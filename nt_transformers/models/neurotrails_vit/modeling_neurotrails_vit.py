@@ -116,7 +116,9 @@ def _head_losses(
     """Cross-entropy [heads] of [heads, batch, classes] with class indices or probabilities, in nats, float32."""
     labels = labels.to(head_logits.device)
     targets = labels.float() if labels.is_floating_point() else labels.long()
-    return torch.stack([fixed_cross_entropy(logits.float(), targets, num_items_in_batch) for logits in head_logits])
+    # It takes a plain number as well, whatever its annotation says.
+    num_items: Any = num_items_in_batch
+    return torch.stack([fixed_cross_entropy(logits.float(), targets, num_items) for logits in head_logits])
 
 
 # What a configuration says about its own class, not about the shape of one member.
