@@ -211,7 +211,7 @@ class TrainingLoop:
 
     def _reset_window(self) -> None:
         """Starts a new stretch of steps over which the logged losses are averaged."""
-        self.window_losses = torch.zeros(0, device=self.accelerator.device)
+        self.window_losses: torch.Tensor = torch.zeros(0, device=self.accelerator.device)
         self.window_steps_start = self.step
         self.window_items_start = self.items
         self.window_start = time.perf_counter()
