@@ -260,14 +260,10 @@ class Sparsifier:
 
     def _initial(self, parameters: dict[str, nn.Parameter]) -> list[_Masked]:
         config = self.config
-        shapes = [tuple(parameter.shape) for parameter in parameters.values()]
-        targets = nonzero_counts(shapes, config.density, config.distribution)
-        if sum(targets) == 0:
-            raise ValueError(
-                f"density={config.density} leaves none of {sum(map(math.prod, shapes))} weights: raise it."
-            )
+        targets = _target_counts(parameters, config)
         tensors = []
-        for (name, parameter), target in zip(parameters.items(), targets, strict=True):
+        for name, parameter in parameters.items():
+            target = targets[name]
             mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
             active = mask.numel() if config.method == "gmp" else target
             generator = self._generator(parameter, 0, name, "initial")
@@ -420,6 +416,25 @@ class Sparsifier:
                     raise ValueError(
                         f"sparsifier state is damaged: {part} of {name} is {packed.dtype} {list(packed.shape)}."
                     )
+
+
+def planned_nonzeros(model: nn.Module, config: SparsityConfig) -> dict[str, int]:
+    """How many weights of each masked tensor would exist (for `gmp`: at the end), by parameter name.
+
+    The model may be on the meta device; nothing is drawn or changed.
+
+    Raises:
+        ValueError: as `Sparsifier`, where the configuration does not fit the model.
+    """
+    return _target_counts(_select(model, config), config)
+
+
+def _target_counts(parameters: Mapping[str, nn.Parameter], config: SparsityConfig) -> dict[str, int]:
+    shapes = [tuple(parameter.shape) for parameter in parameters.values()]
+    counts = nonzero_counts(shapes, config.density, config.distribution)
+    if sum(counts) == 0:
+        raise ValueError(f"density={config.density} leaves none of {sum(map(math.prod, shapes))} weights: raise it.")
+    return dict(zip(parameters, counts, strict=True))
 
 
 def _select(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Parameter]:

@@ -9,10 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from .files import sync, write_text
+from .timing import SHARES
 
 
 # Fields that depend on the clock: all others of a resumed run equal those of an uninterrupted one.
-TIMING_FIELDS = frozenset({"seconds", "tokens_per_second"})
+TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", *SHARES.values()})
 
 
 class MetricsLog:

@@ -71,6 +71,13 @@ def test_a_run_leaves_a_checkpoint_that_loads(run_config: RunConfig) -> None:
         assert f"| {value:.2f} |" in card
 
 
+def test_a_run_that_saves_memory_trains_the_same_network(run_config: RunConfig, tmp_path: Path) -> None:
+    plain = train_language_model(run_config())
+    options: dict[str, Any] = {"activation_checkpointing": "heads", "headwise_backward": True}
+    lean = train_language_model(run_config(output_dir=str(tmp_path / "lean"), **options))
+    assert lean["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)
+
+
 def test_metrics_hold_what_the_design_names(run_config: RunConfig) -> None:
     config = run_config()
     train_language_model(config)
