@@ -25,6 +25,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 
+from ..analysis import topology_figures
 from ..sparsity import Sparsifier
 from .checkpoint import (
     find_damage,
@@ -58,7 +59,7 @@ class Task(Protocol):
         """Sum over the items of `batch` divided by `num_items`: the loss (scalar) and each head's own, [heads]."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures on held-out data, the same on every process; lists hold one number per head."""
+        """Figures on held-out data, the same on every process."""
 
 
 class TrainingLoop:
@@ -185,7 +186,7 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         self.network.eval()
-        self.last_evaluation = self.task.evaluate()
+        self.last_evaluation = {**self.task.evaluate(), **topology_figures(self.sparsifier)}
         self.network.train()
         self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..analysis import EnsembleScores, score_language_model
+from ..analysis import EnsembleScores, count_nonzeros, language_model_cost, score_language_model
 from ..data import (
     TextDataConfig,
     check_vocab_size,
@@ -200,11 +200,8 @@ class TextTask:
         network = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
             local = score_language_model(network, self.validation)
-        tokens = torch.tensor(local.tokens, device=self.accelerator.device)
-        scores = EnsembleScores(
-            self.accelerator.reduce(local.sums, "sum"), int(self.accelerator.reduce(tokens, "sum"))
-        )
-        return scores.figures(network.config.vote)
+        scores = EnsembleScores(self.accelerator.reduce(local.sums, "sum"))
+        return scores.language_figures(network.config.vote)
 
 
 def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfig) -> dict[str, Any]:
@@ -234,6 +231,8 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     accelerator.end_training()
     network = accelerator.unwrap_model(loop.model)
     topology = loop.sparsifier.summary()
+    cost = language_model_cost(network, config.data.sequence_length, count_nonzeros(loop.sparsifier.masks))
+    training_flops = cost.training(config.sparsity.dense_gradient_interval)
     summary = {
         "steps": loop.step,
         "tokens": loop.items,
@@ -241,6 +240,10 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
         "active_parameters": network.num_parameters() - (topology.numel - topology.nonzeros),
         "density": topology.density,
         "explored": topology.explored,
+        "forward_flops_per_token": cost.forward,
+        "training_flops_per_token": training_flops,
+        # While gmp prunes, its cost changes from step to step.
+        "training_flops": None if config.sparsity.method == "gmp" else training_flops * loop.items,
         **loop.last_evaluation,
         "config": config.identity(),
     }
