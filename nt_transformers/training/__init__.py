@@ -1,7 +1,7 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """The Accelerate training loop, what the recipes need around it, and the callback for Trainer."""
 
-from .arguments import parse_arguments
+from .arguments import build_config, parse_arguments
 from .callback import SparsifierCallback
 from .config import TrainingConfig
 from .loop import Task, TrainingLoop
@@ -25,6 +25,7 @@ __all__ = [
     "TextTrainingConfig",
     "TrainingConfig",
     "TrainingLoop",
+    "build_config",
     "parse_arguments",
     "train_language_model",
 ]

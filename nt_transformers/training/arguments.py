@@ -2,10 +2,10 @@
 """Command lines of the recipes: YAML files plus any field again as an option."""
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 
 Config = TypeVar("Config")
@@ -42,3 +42,17 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         return config_class(**vars(parser.instantiate(fields)))
     except ValueError as error:
         parser.error(str(error))
+
+
+def build_config(config_class: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Builds a `config_class` from its fields, nested dataclasses as dicts, checked as on a command line.
+
+    Raises:
+        ValueError: a field is unknown, missing or has an unusable value.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        return config_class(**vars(parser.instantiate(parser.parse_object(dict(fields)))))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(str(error)) from error
