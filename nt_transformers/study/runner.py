@@ -26,6 +26,7 @@ from .plan import TUNING, Run, StudyPlan, plan_table
 
 Row = dict[str, Any]
 
+WORKER = [sys.executable, "-m", "nt_transformers.study.worker"]
 # How many characters of a broken run's output the results repeat.
 ERROR_CHARACTERS = 2000
 
@@ -78,18 +79,21 @@ def _execute(runs: Sequence[Run], config: StudyConfig, before: Sequence[Run]) ->
     print(
         f"{len(runs) - len(waiting)} of {len(runs)} runs are done already" if runs else "nothing to tune", flush=True
     )
-    running: dict[Run, subprocess.Popen[bytes]] = {}
+    running: list[tuple[Run, subprocess.Popen[bytes]]] = []
     try:
         while waiting or running:
             while waiting and len(running) < config.processes:
                 run = waiting.pop(0)
-                running[run] = _start(run, config)
+                running.append((run, _start(run, config)))
             time.sleep(0.2)
-            for run in [run for run, process in running.items() if process.poll() is not None]:
-                _finish(run, running.pop(run))
+            done = [started for started in running if started[1].poll() is not None]
+            running = [started for started in running if started not in done]
+            for started in done:
+                _finish(*started)
+            if done:
                 _write_results(Path(config.output_dir), [*before, *runs])
     finally:
-        for process in running.values():
+        for _, process in running:
             process.kill()
             process.wait()
 
@@ -102,7 +106,7 @@ def _start(run: Run, config: StudyConfig) -> subprocess.Popen[bytes]:
     threads = str(max((os.cpu_count() or 1) // config.processes, 1))
     with (run.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "nt_transformers.study.worker", str(run.folder)],
+            [*WORKER, str(run.folder)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

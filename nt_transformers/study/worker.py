@@ -22,7 +22,17 @@ from ..training import TextTrainingConfig, build_config, train_language_model
 
 
 # What of an evaluation makes the curves of a report.
-CURVE = ("step", "tokens", "eval_loss", "eval_perplexity", "eval_disagreement", "eval_ambiguity", "explored")
+CURVE = (
+    "step",
+    "tokens",
+    "eval_loss",
+    "eval_perplexity",
+    "eval_disagreement",
+    "eval_ambiguity",
+    "density",
+    "explored",
+    "mask_overlap",
+)
 
 
 def main() -> None:
@@ -69,7 +79,7 @@ def _test_figures(folder: Path, test: str, training: TextTrainingConfig) -> dict
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{name: line[name] for name in CURVE} for line in lines if "eval_loss" in line]
+    return [{name: line[name] for name in CURVE if name in line} for line in lines if "eval_loss" in line]
 
 
 def _end_with_the_study() -> None:
