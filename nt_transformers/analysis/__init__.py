@@ -4,7 +4,7 @@
 from .calibration import expected_calibration_error, prediction_sums, reliability_diagram
 from .cost import LayerCost, ModelCost, count_cost, count_nonzeros, image_model_cost, language_model_cost
 from .diversity import cross_entropy_sums, disagreement_counts, log_mean_probs, mean_of_pairs, mutual_information
-from .perplexity import score_image_classifier, score_language_model
+from .perplexity import score_language_model
 from .scores import EnsembleScores
 from .topology import mask_overlap, topology_figures, weight_masks
 from .unigram import unigram_perplexity
@@ -27,7 +27,6 @@ __all__ = [
     "mutual_information",
     "prediction_sums",
     "reliability_diagram",
-    "score_image_classifier",
     "score_language_model",
     "topology_figures",
     "unigram_perplexity",

@@ -1,5 +1,5 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""Runs models over held-out data once and scores all of their heads and votes."""
+"""Scores of every head and of both votes of a language model, weighted by token, in one pass."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -36,22 +36,4 @@ def score_language_model(model: Any, batches: Iterable[dict[str, torch.Tensor]])
         for hidden_MTH, targets_T in zip(hidden_MNH.split(size, dim=1), targets_N.split(size), strict=True):
             logits_MTV = torch.stack([head(hidden_TH) for head, hidden_TH in zip(lm_heads, hidden_MTH, strict=True)])
             scores += EnsembleScores.of(logits_MTV, targets_T)
-    return scores
-
-
-@torch.no_grad()
-def score_image_classifier(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> EnsembleScores:
-    """Scores the active heads of an image classifier of this library on held-out images.
-
-    Args:
-        model: In evaluation mode.
-        batches: At least one, of `pixel_values` [batch, channels, height, width] and `labels` [batch].
-    """
-    device = next(model.parameters()).device
-    scores = None
-    for batch in batches:
-        output = model(pixel_values=batch["pixel_values"].to(device), output_head_logits=True)
-        found = EnsembleScores.of(output.head_logits, batch["labels"].to(device))
-        scores = found if scores is None else scores + found
-    assert scores is not None, "there are no images to score"
     return scores

@@ -25,6 +25,8 @@ COLUMNS: tuple[Column, ...] = (
     ("training TFLOPs", lambda row: row["training_flops"] and row["training_flops"] / 1e12, ".2f"),
     ("training tokens, M", lambda row: row["tokens"] / 1e6, ".2f"),
 )
+# What tells the points of a grid apart.
+FIXED = ("density", "heads", "head layers", "budget", "seeds")
 
 
 def render_page(results: Results) -> str:
@@ -34,9 +36,9 @@ def render_page(results: Results) -> str:
         main = list(main_points(results.rows).values())
         rest = [group for group in points(results.rows) if group not in main]
         sections.append(_table("Equal training tokens", main))
+        sections.append('<div class="plots">' + "".join(_plots(results)) + "</div>")
         if rest:
             sections.append(_table("All other points of the grids", rest))
-        sections.append('<div class="plots">' + "".join(_plots(results)) + "</div>")
     if results.failed:
         sections.append(_failures(results.failed))
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
@@ -60,8 +62,8 @@ def _introduction(results: Results) -> str:
 
 
 def _table(title: str, groups: Sequence[list[Row]]) -> str:
-    heads = ["method", "density", "heads", "layers", "budget", "seeds", *(heading for heading, _, _ in COLUMNS)]
-    header = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    headings = ["method", *(heading for heading, _, _ in COLUMNS), *FIXED]
+    header = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(_cells(group))}</tr>" for group in groups)
     return (
         f'<section><h2>{escape(title)}</h2><div class="scroll" tabindex="0"><table><thead><tr>{header}</tr></thead>'
@@ -74,8 +76,8 @@ def _cells(group: list[Row]) -> list[str]:
     fixed = [f"{row['density']:g}", row["num_ensemble_heads"], row["num_head_layers"], row["budget"], len(group)]
     return [
         f"<th>{escape(row['method'])}</th>",
-        *(f"<td>{escape(str(value))}</td>" for value in fixed),
         *(f"<td>{_number(group, value, form)}</td>" for _, value, form in COLUMNS),
+        *(f"<td>{escape(str(value))}</td>" for value in fixed),
     ]
 
 

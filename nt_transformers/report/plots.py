@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .results import Results, Row, figure, grouped, main_points, points, spread, vote_gain
 
 
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vp<>"
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def layer_density(artist: Artist, axes: Axes) -> bool:
         axes.add_patch(
             plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=artist.theme.series[0], alpha=0.75 * density, lw=0)
         )
-        axes.text(x, y, f"{density:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7)
+        axes.text(x, y, f"{density:.2f}".removeprefix("0"), ha="center", va="center", fontsize=8)
     axes.set_xticks(range(len(layers)), layers, fontsize=8)
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.set_xlim(-0.5, len(layers) - 0.5)
@@ -273,7 +273,7 @@ def _series(artist: Artist, axes: Axes, method: str, groups: Sequence[list[Row]]
 
 def _scatter(artist: Artist, axes: Axes, method: str, x: Sequence[float], y: Sequence[float]) -> None:
     style = {"color": artist.colour(method), "marker": artist.marker(method), "edgecolors": artist.theme.surface}
-    axes.scatter(x, y, s=38, linewidths=0.8, label=method, **style)
+    axes.scatter(x, y, s=42, linewidths=0.5, label=method, **style)
 
 
 def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:

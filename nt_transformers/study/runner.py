@@ -95,7 +95,7 @@ def _execute(runs: Sequence[Run], config: StudyConfig, before: Sequence[Run]) ->
     finally:
         for _, process in running:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def _start(run: Run, config: StudyConfig) -> subprocess.Popen[bytes]:
@@ -115,6 +115,7 @@ def _start(run: Run, config: StudyConfig) -> subprocess.Popen[bytes]:
 
 
 def _finish(run: Run, process: subprocess.Popen[bytes]) -> None:
+    process.communicate()  # closes its standard input
     if process.returncode == 0:
         row = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
         loss = row.get("test_perplexity", row["eval_perplexity"])
