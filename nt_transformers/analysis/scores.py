@@ -28,7 +28,12 @@ class EnsembleScores:
 
     @classmethod
     def of(cls, head_logits_MNC: Tensor, targets_N: Tensor) -> Self:
-        """The scores of some items, which are all in memory at once."""
+        """The scores of some items, which are all in memory at once; computed in float32 even under autocast."""
+        with torch.autocast(head_logits_MNC.device.type, enabled=False):
+            return cls._of(head_logits_MNC, targets_N)
+
+    @classmethod
+    def _of(cls, head_logits_MNC: Tensor, targets_N: Tensor) -> Self:
         logits_MNC = head_logits_MNC.float()
         log_probs_MNC = logits_MNC.log_softmax(-1)
         votes = (log_mean_probs(log_probs_MNC), logits_MNC.mean(0).log_softmax(-1))

@@ -4,6 +4,7 @@
 Each method keeps its colour and marker in all plots.
 """
 
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .results import Results, Row, figure, grouped, main_points, points, spread, vote_gain
 
@@ -57,13 +59,11 @@ class Plot:
 
     def svg(self) -> str:
         """The element to put into the page, coloured by its variables."""
-        import io
-
         buffer = io.StringIO()
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
-        svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        _, start, rest = buffer.getvalue().partition("<svg")
+        svg = re.sub(r"<metadata>.*?</metadata>", "", start + rest, flags=re.DOTALL)
         for colour, variable in _VARIABLES.items():
             svg = svg.replace(colour, variable)
         return svg
@@ -289,9 +289,10 @@ def _has_heads(row: Row) -> bool:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(mpl.ticker.LogLocator(subs=(2, 5)))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 
 def _legend(axes: Axes) -> None:

@@ -56,12 +56,14 @@ def load_results(path: str | Path) -> Results:
 
 def _row_of_run(folder: Path) -> Row:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if "eval_perplexity" not in summary:
+        raise ValueError(f"{folder}: summary.json holds no eval_perplexity; the report shows language models.")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     config = summary["config"]
     layers = config.get("model.num_head_layers")
     model = {
         "method": config["sparsity.method"],
-        "num_ensemble_heads": len(summary["eval_loss_heads"]),
+        "num_ensemble_heads": len(summary["eval_perplexity_heads"]),
         "num_head_layers": config.get("model.num_hidden_layers") if layers is None else layers,
     }
     curve = [line for line in lines if "eval_loss" in line]

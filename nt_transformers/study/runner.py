@@ -47,7 +47,8 @@ def run_study(config: StudyConfig) -> list[Row]:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _write(folder / "study.json", json.dumps(asdict(config), indent=2))
-        _execute(tuning, config, [])
+        if tuning:
+            _execute(tuning, config, [])
         rates = _choose_learning_rates(config, tuning)
         runs = plan.main_runs(rates)
         _execute(runs, config, tuning)
@@ -76,9 +77,7 @@ def _execute(runs: Sequence[Run], config: StudyConfig, before: Sequence[Run]) ->
     waiting = [run for run in runs if not (run.folder / "result.json").exists()]
     for run in waiting:
         (run.folder / "failure.json").unlink(missing_ok=True)
-    print(
-        f"{len(runs) - len(waiting)} of {len(runs)} runs are done already" if runs else "nothing to tune", flush=True
-    )
+    print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
     running: list[tuple[Run, subprocess.Popen[bytes]]] = []
     try:
         while waiting or running:

@@ -117,6 +117,14 @@ def test_reliability_by_hand() -> None:
     assert float(expected_calibration_error(bins)) == pytest.approx((0.4 + 2 * 0.41) / 4, rel=1e-6)
 
 
+def test_autocast_does_not_coarsen_the_figures() -> None:
+    logits, targets = random_heads()
+    expected = EnsembleScores.of(logits, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = EnsembleScores.of(logits, targets)
+    torch.testing.assert_close(found.sums, expected.sums)
+
+
 def test_perfect_predictions() -> None:
     logits = torch.full((2, 5, 3), -50.0)
     targets = torch.tensor([0, 1, 2, 0, 1])
