@@ -58,8 +58,8 @@ class Run:
 
     @property
     def total_flops(self) -> float:
-        """FLOPs of the whole training, if all sequences are full."""
-        tokens = self.training.global_batch_size * (self.training.data.sequence_length - 1)
+        """FLOPs of the whole training."""
+        tokens = self.training.global_batch_size * self.training.data.sequence_length
         return self.training_flops_per_token * self.training.max_steps * tokens
 
 
@@ -116,6 +116,9 @@ class StudyPlan:
             return self.config.tuning_steps
         if spec.budget == "tokens":
             return self.steps
+        sparsity = self._training(spec, self.steps).sparsity
+        remedy = "its cost changes while it prunes; compare it at equal tokens only"
+        check(sparsity.method != "gmp", f"methods.{spec.method}.sparsity.method", sparsity.method, remedy)
         return max(round(self.steps * self.reference_flops / self._flops_per_token(spec)), 1)
 
     def _flops_per_token(self, spec: RunSpec) -> float:

@@ -232,6 +232,8 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     network = accelerator.unwrap_model(loop.model)
     topology = loop.sparsifier.summary()
     cost = language_model_cost(network, config.data.sequence_length, count_nonzeros(loop.sparsifier.masks))
+    # Padding is computed as well.
+    positions = loop.step * config.global_batch_size * config.data.sequence_length
     training_flops = cost.training(config.sparsity.dense_gradient_interval)
     summary = {
         "steps": loop.step,
@@ -243,7 +245,7 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
         "forward_flops_per_token": cost.forward,
         "training_flops_per_token": training_flops,
         # While gmp prunes, its cost changes from step to step.
-        "training_flops": None if config.sparsity.method == "gmp" else training_flops * loop.items,
+        "training_flops": None if config.sparsity.method == "gmp" else training_flops * positions,
         **loop.last_evaluation,
         "config": config.identity(),
     }
