@@ -70,8 +70,13 @@ class StudyConfig:
         for index, grid in enumerate(self.grids):
             for method in grid.method:
                 check(method in self.methods, f"grids[{index}].method", method, known)
-        for name in ("output_dir", "seed", "learning_rate", "resume_from_checkpoint"):
+        own = ("output_dir", "seed", "learning_rate", "resume_from_checkpoint")
+        for name in own:
             check(name not in self.training, f"training.{name}", self.training.get(name), "leave it to the study")
+        for method, fields in self.methods.items():
+            for name in (*own, "max_steps"):
+                remedy = "leave it out: the budget decides, and the learning rate is tuned"
+                check(name not in fields, f"methods.{method}.{name}", fields.get(name), remedy)
         check(bool(self.learning_rates), "learning_rates", self.learning_rates, "give at least one")
         if len(self.learning_rates) > 1:
             remedy = "give the length of the runs that choose among learning_rates, at least 1"

@@ -68,6 +68,10 @@ def test_every_method_tries_every_learning_rate(study_config: MakeStudy) -> None
         ({"learning_rates": [1e-3, 1e-2]}, "tuning_steps=None"),
         ({"training": {"seed": 3}}, "training.seed=3: leave it to the study"),
         ({"processes": 3}, "processes=3"),
+        (
+            {"methods": {"single": {}, "set": {}, "ensemble": {"max_steps": 9}}},
+            "methods.ensemble.max_steps=9: leave it out",
+        ),
     ],
 )
 def test_mistakes_are_named(study_config: MakeStudy, fields: dict[str, object], message: str) -> None:
