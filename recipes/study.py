@@ -9,11 +9,15 @@ The same command continues a study that was stopped. Any field can be given agai
 """
 
 from nt_transformers.study import StudyConfig, run_study
-from nt_transformers.training import parse_arguments
+from nt_transformers.training import run_recipe
 
 
 def main() -> None:
-    rows = run_study(parse_arguments(StudyConfig, __doc__))
+    run_recipe(StudyConfig, run, __doc__)
+
+
+def run(config: StudyConfig) -> None:
+    rows = run_study(config)
     broken = [row["run"] for row in rows if row["status"] == "failed"]
     if broken:
         raise SystemExit(f"{len(broken)} of {len(rows)} runs broke: {', '.join(broken)}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsity import Sparsifier
+from ..sparsity.sharding import own_part, total
 from .diversity import mean_of_pairs
 
 
@@ -41,7 +42,7 @@ def mask_overlap(masks: Mapping[str, Tensor]) -> Tensor:
 
 
 def _shared_counts(masks: list[Tensor]) -> Tensor:
-    counts = [[int((a & b).count_nonzero()) for b in masks] for a in masks]
+    counts = [[total(int((own_part(a) & own_part(b)).count_nonzero()), a) for b in masks] for a in masks]
     return torch.tensor(counts, dtype=torch.float64)
 
 

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..training.config import check
+from ..validation import check
 
 
 Budget = Literal["tokens", "flops"]

@@ -16,7 +16,7 @@ from ..analysis import ModelCost, language_model_cost
 from ..data import load_tokenizer
 from ..sparsity import planned_nonzeros
 from ..training import TextTrainingConfig, build_config
-from ..training.config import check
+from ..validation import check
 from .config import StudyConfig
 
 

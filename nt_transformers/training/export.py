@@ -1,12 +1,15 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """The finished network as a Hub checkpoint."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .files import partial_path, sync, write_text
 
 
 CARD_TEMPLATE = """---
@@ -64,15 +67,29 @@ the first head only.
 def export_checkpoint(
     output_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]
 ) -> None:
-    """Writes weights, configurations, modelling code, tokenizer and model card, each file whole or not at all."""
-    partial = output_dir / "export.partial"
+    """Writes weights, configurations, modelling code, tokenizer, model card and `summary.json`.
+
+    Each file is written whole or not at all, the weights after all they need and `summary.json` last of all.
+    """
+    partial = partial_path(output_dir / "export")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     model_card(output_dir.resolve().name, model, summary).save(partial / "README.md")
-    for path in partial.iterdir():
+    paths = sorted(partial.iterdir(), key=lambda path: (".safetensors" in path.name, path.suffix == ".json"))
+    for path in paths:
+        sync(path)
+    for path in paths:
         path.replace(output_dir / path.name)
     partial.rmdir()
+    write_text(output_dir / "summary.json", json.dumps(summary, indent=2))
+
+
+def remove_export(output_dir: Path) -> None:
+    """Takes away what makes a folder look like a trained model, before another run of the same folder begins."""
+    for name in ("summary.json", "model*.safetensors.index.json", "model*.safetensors"):
+        for path in output_dir.glob(name):
+            path.unlink()
 
 
 def model_card(name: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:

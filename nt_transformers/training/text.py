@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Training a NeuroTrails LLaMA on text, from configuration to Hub checkpoint."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..analysis import EnsembleScores, count_nonzeros, language_model_cost, score_language_model
+from ..analysis import EnsembleScores, ModelCost, language_model_cost, score_language_model
 from ..data import (
     TextDataConfig,
     check_vocab_size,
@@ -23,9 +23,13 @@ from ..data import (
     validation_sequences,
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from .config import TrainingConfig, check
+from ..sparsity import SparsitySummary
+from ..validation import check, check_types
+from .config import TrainingConfig
+from .engine import accelerated
 from .export import export_checkpoint
 from .loop import Batch, Position, TrainingLoop
+from .state import unsharded, whole_weights
 
 
 @dataclass(kw_only=True)
@@ -63,16 +67,24 @@ class LlamaArguments:
     initializer_range: float = 0.02
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        # Mistakes show before tokenizer and text are loaded.
+        self._config(vocab_size=1 if self.vocab_size is None else self.vocab_size)
+
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """A new network for the tokenizer's vocabulary, drawn from torch's global generator."""
-        shape = asdict(self)
-        if shape["num_head_layers"] is None:
-            shape["num_head_layers"] = shape["num_hidden_layers"]
-        if shape["vocab_size"] is None:
-            shape["vocab_size"] = len(tokenizer)
-        check_vocab_size(tokenizer, shape["vocab_size"])
+        vocab_size = len(tokenizer) if self.vocab_size is None else self.vocab_size
+        check_vocab_size(tokenizer, vocab_size)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**shape, **special))
+        return NeuroTrailsLlamaForCausalLM(self._config(vocab_size=vocab_size, **special))
+
+    def _config(self, **fields: Any) -> NeuroTrailsLlamaConfig:
+        layers = self.num_hidden_layers if self.num_head_layers is None else self.num_head_layers
+        try:
+            return NeuroTrailsLlamaConfig(**asdict(self) | {"num_head_layers": layers} | fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -96,6 +108,11 @@ class PretrainedArguments:
     vote: Literal["probs", "logits"] | None = None
     noise: float = 0.0
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        check(self.from_pretrained != "", "model.from_pretrained", "", "name a folder or a model of the hub")
+        check(self.noise >= 0, "model.noise", self.noise, "give zero or a positive number")
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """The checkpoint's network in float32, with the heads asked for; noise is keyed by torch's seed."""
@@ -212,45 +229,47 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
 
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+        Interrupted, NonFiniteError, CheckpointError: see `TrainingLoop.run`.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
-        )
-    task = TextTask(config, accelerator)
-    loop = TrainingLoop(config, task, accelerator)
-    if config.report_to:
-        run_name = config.run_name or Path(config.output_dir).name
-        accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
-    loop.run()
-    accelerator.end_training()
-    network = accelerator.unwrap_model(loop.model)
-    topology = loop.sparsifier.summary()
-    cost = language_model_cost(network, config.data.sequence_length, count_nonzeros(loop.sparsifier.masks))
-    # Padding is computed as well.
-    positions = loop.step * config.global_batch_size * config.data.sequence_length
-    training_flops = cost.training(config.sparsity.dense_gradient_interval)
-    summary = {
-        "steps": loop.step,
-        "tokens": loop.items,
-        "parameters": network.num_parameters(),
-        "active_parameters": network.num_parameters() - (topology.numel - topology.nonzeros),
-        "density": topology.density,
-        "explored": topology.explored,
-        "forward_flops_per_token": cost.forward,
-        "training_flops_per_token": training_flops,
-        # While gmp prunes, its cost changes from step to step.
-        "training_flops": None if config.sparsity.method == "gmp" else training_flops * positions,
-        **loop.last_evaluation,
-        "config": config.identity(),
-    }
-    if accelerator.is_main_process:
-        export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    accelerator.wait_for_everyone()
+    with accelerated(config) as accelerator:
+        task = TextTask(config, accelerator)
+        loop = TrainingLoop(config, task, accelerator)
+        if config.report_to:
+            run_name = config.run_name or Path(config.output_dir).name
+            accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
+        loop.run()
+        weights = whole_weights(loop.network, accelerator)
+        parameters = loop.network.num_parameters()
+        topology = loop.sparsifier.summary()
+        cost = _cost(config, loop.network, topology)
+        training_flops = cost.training(config.sparsity.dense_gradient_interval)
+        # Padding is computed as well.
+        positions = loop.step * config.global_batch_size * config.data.sequence_length
+        summary = {
+            "steps": loop.step,
+            "tokens": loop.items,
+            "parameters": parameters,
+            "active_parameters": parameters - (topology.numel - topology.nonzeros),
+            "density": topology.density,
+            "explored": topology.explored,
+            "forward_flops_per_token": cost.forward,
+            "training_flops_per_token": training_flops,
+            # While gmp prunes, its cost changes from step to step.
+            "training_flops": None if config.sparsity.method == "gmp" else training_flops * positions,
+            **loop.last_evaluation,
+            "config": config.identity(),
+        }
+        if accelerator.is_main_process:
+            network = unsharded(loop.network, weights)
+            export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
     return summary
+
+
+def _cost(
+    config: TextTrainingConfig | ContinuedTextTrainingConfig, network: nn.Module, topology: SparsitySummary
+) -> ModelCost:
+    # The network itself may be sharded over processes.
+    with torch.device("meta"):
+        whole = NeuroTrailsLlamaForCausalLM(network.config)
+    nonzeros = {name: tensor.nonzeros for name, tensor in topology.tensors.items()}
+    return language_model_cost(whole, config.data.sequence_length, nonzeros)

@@ -215,15 +215,25 @@ class TestBadInput:
         (tmp_path / "shard.jsonl").write_text("")
         self.fails(run_config(data={"train": str(tmp_path), "validation": str(tmp_path)}), "empty")
 
-    def test_shape(self, run_config: RunConfig) -> None:
-        self.fails(run_config(model={"num_head_layers": 3}), "num_head_layers=3")
-        self.fails(run_config(model={"num_ensemble_heads": 0}), "num_ensemble_heads=0")
+    @pytest.mark.parametrize("shape", [{"num_head_layers": 3}, {"num_ensemble_heads": 0}, {"hidden_size": "wide"}])
+    def test_shape(self, run_config: RunConfig, shape: dict[str, Any]) -> None:
+        name, value = next(iter(shape.items()))
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            run_config(model=shape)
+
+    @pytest.mark.parametrize("name", ["file/run", "x" * 300])
+    def test_output_dir(self, run_config: RunConfig, tmp_path: Path, name: str) -> None:
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=r"output_dir=.*: it cannot be made \("):
+            train_language_model(run_config(output_dir=str(tmp_path / name)))
 
     def test_batch(self, run_config: RunConfig) -> None:
         self.fails(run_config(global_batch_size=6), "global_batch_size=6")
 
     def test_missing_checkpoint(self, run_config: RunConfig, tmp_path: Path) -> None:
-        self.fails(run_config(resume_from_checkpoint=str(tmp_path / "nowhere")), "nowhere cannot be resumed")
+        for name in ("nowhere", "x" * 300):
+            config = run_config(resume_from_checkpoint=str(tmp_path / name))
+            self.fails(config, f"{name}.*cannot be resumed: there is no such folder")
 
 
 def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
@@ -234,6 +244,18 @@ def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
         train_language_model(config)
     assert (Path(config.output_dir) / "metrics.jsonl").read_bytes() == before
     train_language_model(run_config(max_steps=2, overwrite_output_dir=True))
+
+
+def test_a_checkpoint_of_elsewhere_does_not_write_over_a_run(run_config: RunConfig, tmp_path: Path) -> None:
+    config = run_config(max_steps=4)
+    train_language_model(config)
+    other = run_config(max_steps=4, output_dir=str(tmp_path / "other"))
+    checkpoint = str(Path(config.output_dir) / "checkpoints" / "step_2")
+    train_language_model(other)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_language_model(run_config(output_dir=other.output_dir, max_steps=4, resume_from_checkpoint=checkpoint))
+    fresh = run_config(output_dir=str(tmp_path / "fresh"), max_steps=4, resume_from_checkpoint=checkpoint)
+    assert train_language_model(fresh)["steps"] == 4
 
 
 def test_resuming_another_configuration_names_the_fields(run_config: RunConfig) -> None:

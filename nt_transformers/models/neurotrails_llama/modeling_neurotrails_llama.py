@@ -117,9 +117,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+class NeuroTrailsLlamaOutputLayer(nn.Linear):
+    """The output layer of one head, which also computes the loss that needs no logits.
+
+    It does so in `forward` because engines that shard the weights (FSDP) gather them when a module is called.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., hidden] to logits [..., vocab]; [tokens, hidden] and targets [tokens] to the cross-entropy's sum."""
+        if targets is None:
+            return super().forward(hidden_states)
+        return _LinearCrossEntropy.apply(hidden_states, self.weight, targets, torch.is_grad_enabled())
+
+
+def _summed_loss(lm_head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if isinstance(lm_head, NeuroTrailsLlamaOutputLayer):
+        return lm_head(hidden_states, targets)
+    # A layer that someone has put in its place.
+    return nn.functional.cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")
+
+
 def fused_causal_lm_losses(
     hidden_states: Sequence[torch.Tensor] | torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    lm_heads: Sequence[nn.Module],
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
@@ -130,7 +150,7 @@ def fused_causal_lm_losses(
 
     Args:
         hidden_states: [batch, seq, hidden] for each head.
-        weights: [vocab, hidden] for each head.
+        lm_heads: the output layer of each head.
         labels: [batch, seq]; position t is scored with label t + 1, unless `shift_labels` are given.
         num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
 
@@ -143,8 +163,8 @@ def fused_causal_lm_losses(
     positions = (targets != ignore_index).nonzero().squeeze(1)
     targets = targets[positions]
     sums = [
-        _LinearCrossEntropy.apply(hidden.flatten(0, 1)[positions], weight, targets, torch.is_grad_enabled())
-        for hidden, weight in zip(hidden_states, weights, strict=True)
+        _summed_loss(lm_head, hidden.flatten(0, 1)[positions], targets)
+        for hidden, lm_head in zip(hidden_states, lm_heads, strict=True)
     ]
     return torch.stack(sums) / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
@@ -209,6 +229,8 @@ class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
     """Names the configuration class to transformers."""
 
     config: NeuroTrailsLlamaConfig
+    # What engines keep on one device or shard as one unit.
+    _no_split_modules = ["LlamaDecoderLayer", "NeuroTrailsLlamaOutputLayer"]
 
 
 class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
@@ -349,7 +371,8 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         super().__init__(config)
         self.model = NeuroTrailsLlamaModel(config)
         self.lm_heads = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(config.num_ensemble_heads)
+            NeuroTrailsLlamaOutputLayer(config.hidden_size, config.vocab_size, bias=False)
+            for _ in range(config.num_ensemble_heads)
         )
         self.post_init()
 
@@ -479,10 +502,11 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         embeddings = self.model._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        for m, lm_head in enumerate(self.lm_heads):
-            old = cast(nn.Linear, lm_head)
-            new = self._get_resized_lm_head(old, embeddings.num_embeddings, mean_resizing=mean_resizing)
-            self.lm_heads[m] = new.requires_grad_(old.weight.requires_grad)
+        for module in self.lm_heads:
+            lm_head = cast(nn.Linear, module)
+            new = self._get_resized_lm_head(lm_head, embeddings.num_embeddings, mean_resizing=mean_resizing)
+            lm_head.weight = new.weight.requires_grad_(lm_head.weight.requires_grad)
+            lm_head.out_features = new.out_features
         return embeddings
 
     @can_return_tuple
@@ -527,8 +551,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         logits = head_logits = head_losses = None
         if skip_logits:
             assert labels is not None
-            weights = [lm_head.weight for lm_head in lm_heads]
-            head_losses = fused_causal_lm_losses(outputs.head_hidden_states, weights, labels, **kwargs)
+            head_losses = fused_causal_lm_losses(outputs.head_hidden_states, lm_heads, labels, **kwargs)
         else:
             hidden_states = [slice_logits_to_keep(hidden, logits_to_keep) for hidden in outputs.head_hidden_states]
             logits, head_logits, head_losses = self._vote(
@@ -575,6 +598,7 @@ __all__ = [
     "NeuroTrailsLlamaForCausalLM",
     "NeuroTrailsLlamaHead",
     "NeuroTrailsLlamaModel",
+    "NeuroTrailsLlamaOutputLayer",
     "NeuroTrailsLlamaPreTrainedModel",
     "NeuroTrailsModelOutputWithPast",
     "fused_causal_lm_losses",
