@@ -8,12 +8,13 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from .results import Results, Row, figure, grouped, main_points, points, spread, vote_gain
 
@@ -94,7 +95,7 @@ class Artist:
     def marker(self, method: str) -> str:
         return MARKERS[self.methods.index(method) % len(MARKERS)]
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> dict[Any, Any]:
         theme = self.theme
         return {
             "figure.facecolor": "none",
@@ -166,7 +167,7 @@ def head_length(artist: Artist, axes: Axes) -> bool:
             drawn = True
     axes.set_xlabel("layers in each head")
     axes.set_ylabel("perplexity of the vote")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
     return drawn
 
@@ -211,8 +212,13 @@ def calibration(artist: Artist, axes: Axes) -> bool:
     for method, rows in artist.main.items():
         bins = figure(rows[0], "reliability")
         if bins:
-            style = {"color": artist.colour(method), "marker": artist.marker(method)}
-            axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], label=method, **style)
+            axes.plot(
+                [b["confidence"] for b in bins],
+                [b["accuracy"] for b in bins],
+                color=artist.colour(method),
+                marker=artist.marker(method),
+                label=method,
+            )
             drawn = True
     axes.plot([0, 1], [0, 1], color=artist.theme.text, linewidth=1, linestyle=":", zorder=0)
     axes.set_xlabel("confidence of the vote")
@@ -272,8 +278,16 @@ def _series(artist: Artist, axes: Axes, method: str, groups: Sequence[list[Row]]
 
 
 def _scatter(artist: Artist, axes: Axes, method: str, x: Sequence[float], y: Sequence[float]) -> None:
-    style = {"color": artist.colour(method), "marker": artist.marker(method), "edgecolors": artist.theme.surface}
-    axes.scatter(x, y, s=42, linewidths=0.5, label=method, **style)
+    axes.scatter(
+        x,
+        y,
+        s=42,
+        color=artist.colour(method),
+        marker=artist.marker(method),
+        edgecolors=artist.theme.surface,
+        linewidths=0.5,
+        label=method,
+    )
 
 
 def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:

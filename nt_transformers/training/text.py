@@ -266,7 +266,7 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
 
 
 def _cost(
-    config: TextTrainingConfig | ContinuedTextTrainingConfig, network: nn.Module, topology: SparsitySummary
+    config: TextTrainingConfig | ContinuedTextTrainingConfig, network: Any, topology: SparsitySummary
 ) -> ModelCost:
     # The network itself may be sharded over processes.
     with torch.device("meta"):
