@@ -28,6 +28,10 @@ FREE_ON_RESUME = frozenset(
         "on_non_finite",
         "data.on_bad_record",
         "data.num_workers",
+        "license",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
     }
 )
 
@@ -65,6 +69,10 @@ class TrainingConfig:
         overwrite_output_dir: Delete the run that `output_dir` holds and start anew.
         report_to: Trackers that get the metrics besides `metrics.jsonl`, one or a list.
         run_name: Name of the run in the trackers; null takes the name of `output_dir`.
+        license: Licence of the trained weights, for the model card.
+        push_to_hub: Upload the trained model to the Hub.
+        hub_model_id: Repository to push to, `name` or `organisation/name`; null takes the name of `output_dir`.
+        hub_private_repo: Whether a new repository is private; null leaves it to the account's settings.
     """
 
     output_dir: str
@@ -94,6 +102,10 @@ class TrainingConfig:
     overwrite_output_dir: bool = False
     report_to: Tracker | list[Tracker] = field(default_factory=list)
     run_name: str | None = None
+    license: str = "apache-2.0"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

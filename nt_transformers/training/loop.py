@@ -100,6 +100,7 @@ class TrainingLoop:
         self.last_evaluation: dict[str, Any] = {}
         self.guard = NonFiniteGuard(config.on_non_finite)
         self.stopping = False
+        self.window_losses: torch.Tensor
 
         if accelerator.is_fsdp2:
             check_shardable(task.model)

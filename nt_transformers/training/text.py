@@ -27,7 +27,8 @@ from ..sparsity import SparsitySummary
 from ..validation import check, check_types
 from .config import TrainingConfig
 from .engine import accelerated
-from .export import export_checkpoint
+from .export import export_checkpoint, model_card
+from .hub import create_hub_repository, push_run
 from .loop import Batch, Position, TrainingLoop
 from .state import unsharded, whole_weights
 
@@ -168,10 +169,12 @@ class ContinuedTextTrainingConfig(TrainingConfig):
     Args:
         model: The checkpoint, and the heads that a dense one gets.
         data: Where the text comes from and how it becomes sequences of tokens.
+        license: Licence of the trained weights, for the model card: mostly the checkpoint's.
     """
 
     model: PretrainedArguments
     data: TextDataConfig
+    license: str = "other"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +236,7 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     """
     with accelerated(config) as accelerator:
         task = TextTask(config, accelerator)
+        repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
         loop = TrainingLoop(config, task, accelerator)
         if config.report_to:
             run_name = config.run_name or Path(config.output_dir).name
@@ -261,7 +265,11 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
         }
         if accelerator.is_main_process:
             network = unsharded(loop.network, weights)
-            export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
+            output_dir = Path(config.output_dir)
+            card = model_card(repository or output_dir.resolve().name, config.license, network, summary)
+            export_checkpoint(output_dir, network, task.tokenizer, card, summary)
+            if repository is not None:
+                push_run(output_dir, repository)
     return summary
 
 

@@ -81,14 +81,27 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         return self.num_hidden_layers - self.num_head_layers
 
     @property
+    def num_decoder_layers(self) -> int:
+        """Decoder layers that are built: the backbone's and those of every head."""
+        return self.num_backbone_layers + self.num_ensemble_heads * self.num_head_layers
+
+    @property
     def per_layer_config(self) -> list["NeuroTrailsLlamaConfig"]:
         """One entry for each decoder layer that is built; caches take their number of slots from its length."""
-        return [self] * (self.num_backbone_layers + self.num_ensemble_heads * self.num_head_layers)
+        return [self] * self.num_decoder_layers
 
     @per_layer_config.setter
     def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
         if value is not None:
             raise ValueError(f"per_layer_config={value!r}: all layers of this model are alike; leave the field out.")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The attention of each layer that is built; continuous batching sizes its cache by it."""
+        return ["full_attention"] * self.num_decoder_layers
+
+    def validate_layer_type(self) -> None:
+        """Nothing to check: `layer_types` follows from the other fields, and is longer than `num_hidden_layers`."""
 
     def validate_sizes(self) -> None:
         """Layers of these sizes can be built; raises `ValueError` if not."""

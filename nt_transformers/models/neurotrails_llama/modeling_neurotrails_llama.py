@@ -14,13 +14,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask
@@ -28,14 +29,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
 
@@ -169,7 +171,7 @@ def fused_causal_lm_losses(
     return torch.stack(sums) / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
+def count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
     """The running vote, in float32, with one more head's logits [..., vocab]; heads need not be alive together."""
     if vote == "probs":
         log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
@@ -177,7 +179,7 @@ def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> 
     return logits.float() if tally is None else tally + logits
 
 
-def _close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
+def close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
     """The log of the mean probability, or the mean logits, [..., vocab]."""
     return tally - math.log(num_votes) if vote == "probs" else tally / num_votes
 
@@ -220,17 +222,21 @@ class NeuroTrailsLlamaHead(nn.Module):
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer_idx=0) for _ in range(config.num_head_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """[batch, seq, hidden] to the same shape, normed."""
-        return self.norm(_run_layers(self.layers, hidden_states, **kwargs))
+    def forward(self, hidden_states: torch.Tensor, depth: int, **kwargs: Any) -> torch.Tensor:
+        """[batch, seq, hidden] to the same shape: the first `depth` layers and the norm."""
+        return self.norm(_run_layers(self.layers[:depth], hidden_states, **kwargs))
 
 
 class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
-    """Names the configuration class to transformers."""
+    """Tells transformers the configuration class and how many layers there are to record."""
 
     config: NeuroTrailsLlamaConfig
     # What engines keep on one device or shard as one unit.
     _no_split_modules = ["LlamaDecoderLayer", "NeuroTrailsLlamaOutputLayer"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(LlamaDecoderLayer, num_hidden_layers_key="num_decoder_layers"),
+        "attentions": LlamaAttention,
+    }
 
 
 class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
@@ -279,7 +285,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         return [cast(NeuroTrailsLlamaHead, self.heads[m]) for m in self._active_heads]
 
     def _embedding_owners(self) -> list[Any]:
-        return [self] if self.config.num_backbone_layers > 0 else list(self.heads)
+        return [self] if len(self.layers) > 0 else list(self.heads)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embeddings; without a backbone those of the first head."""
@@ -301,7 +307,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -309,7 +315,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NeuroTrailsModelOutputWithPast:
         """As `LlamaModel.forward`, for the backbone and every active head.
 
@@ -325,7 +331,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         heads = self._running_heads()
         if inputs_embeds is not None:
             embeds = [inputs_embeds]
-        elif self.config.num_backbone_layers > 0:
+        elif len(self.layers) > 0:
             embeds = [self.embed_tokens(input_ids)]
         else:
             embeds = [head.embed_tokens(input_ids) for head in heads]
@@ -336,6 +342,9 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(embeds[0].shape[1], device=embeds[0].device) + past_length
             position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
+        if isinstance(attention_mask, dict):
+            # Compiled generation makes a mask for each kind of layer, and here is one kind.
+            (attention_mask,) = attention_mask.values()
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=embeds[0],
@@ -351,10 +360,15 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             "use_cache": use_cache,
             **kwargs,
         }
+        # Fewer layers than were built while assisted generation drafts by early exit.
+        depth = self.config.num_hidden_layers
+        head_depth = max(depth - len(self.layers), 0)
         # One stem for all heads, or one for each where nothing is shared.
-        stems = [_run_layers(self.layers, embed, **layer_kwargs) for embed in embeds]
+        stems = [_run_layers(self.layers[:depth], embed, **layer_kwargs) for embed in embeds]
         stems *= len(heads) // len(stems)
-        head_hidden_states = torch.stack([head(stem, **layer_kwargs) for head, stem in zip(heads, stems, strict=True)])
+        outputs = [head(stem, head_depth, **layer_kwargs) for head, stem in zip(heads, stems, strict=True)]
+        # A device map may place the heads on different devices.
+        head_hidden_states = torch.stack([output.to(embeds[0].device) for output in outputs])
         return NeuroTrailsModelOutputWithPast(
             last_hidden_state=head_hidden_states.mean(0),
             past_key_values=past_key_values,
@@ -510,7 +524,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         return embeddings
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -522,7 +536,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         output_head_logits: bool = False,
         skip_logits: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NeuroTrailsCausalLMOutputWithPast:
         """As `LlamaForCausalLM.forward`, with the vote in `logits`.
 
@@ -567,6 +581,16 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             head_logits=head_logits,
         )
 
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, QuantizedCache):
+            # Of all caches this one counts num_hidden_layers.
+            missing = self.config.num_decoder_layers - len(cache.layers)
+            cache.layers.extend(copy.deepcopy(cache.layers[0]) for _ in range(missing))
+
     def _vote(
         self,
         lm_heads: list[nn.Linear],
@@ -579,7 +603,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         head_logits, losses = [], []
         tally = None
         for lm_head, hidden in zip(lm_heads, hidden_states, strict=True):
-            logits = lm_head(hidden)
+            logits = lm_head(hidden).to(hidden.device)
             if keep_head_logits:
                 head_logits.append(logits)
             if labels is not None:
@@ -587,9 +611,9 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
                     self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 )
             if len(lm_heads) > 1:
-                tally = _count_vote(tally, logits, self.config.vote)
+                tally = count_vote(tally, logits, self.config.vote)
         if tally is not None:
-            logits = _close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
+            logits = close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
         return logits, torch.stack(head_logits) if head_logits else None, torch.stack(losses) if losses else None
 
 
@@ -601,5 +625,7 @@ __all__ = [
     "NeuroTrailsLlamaOutputLayer",
     "NeuroTrailsLlamaPreTrainedModel",
     "NeuroTrailsModelOutputWithPast",
+    "close_vote",
+    "count_vote",
     "fused_causal_lm_losses",
 ]
