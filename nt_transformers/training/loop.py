@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from torch import nn
 from tqdm import tqdm
 
+from ..analysis import topology_figures
 from ..sparsity import Sparsifier
 from .checkpoint import (
     CheckpointError,
@@ -73,7 +74,7 @@ class Task(Protocol):
         """Sum over the items of `batch` divided by `num_items`: the loss (scalar) and each head's own, [heads]."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures on held-out data, the same on every process; lists hold one number per head."""
+        """Figures on held-out data, the same on every process."""
 
 
 class TrainingLoop:
@@ -252,7 +253,8 @@ class TrainingLoop:
         self.network.eval()
         share_buffers(self.network)
         with self.timer("evaluation"), root_gathered(self.network):
-            self.last_evaluation = self.task.evaluate()
+            figures = self.task.evaluate()
+        self.last_evaluation = {**figures, **topology_figures(self.sparsifier)}
         self.network.train()
         self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start
