@@ -57,12 +57,13 @@ class LayerCost:
         """FLOPs per item of the forward pass."""
         return self.density * self.dense_forward
 
-    def training(self, dense_gradient_interval: int | None = None) -> float:
+    def training(self, dense_gradient_interval: float | None = None) -> float:
         """FLOPs per item of forward and backward pass.
 
         Args:
             dense_gradient_interval: Steps from one topology update to the next, for growth by gradient: at each update
-                the gradient of removed weights is computed as well (Evci et al., 2020, appendix on FLOPs).
+                the gradient of removed weights is computed as well (Evci et al., 2020, appendix on FLOPs); see
+                `SparsityConfig.dense_gradient_interval`.
         """
         extra = (1 - self.density) * self.dense_weight_gradient
         return self.density * self.dense_training + (extra / dense_gradient_interval if dense_gradient_interval else 0)
@@ -99,7 +100,7 @@ class ModelCost:
         """See `LayerCost.forward`."""
         return sum(layer.forward for layer in self.layers)
 
-    def training(self, dense_gradient_interval: int | None = None) -> float:
+    def training(self, dense_gradient_interval: float | None = None) -> float:
         """See `LayerCost.training`."""
         return sum(layer.training(dense_gradient_interval) for layer in self.layers)
 

@@ -85,7 +85,8 @@ class Sparsifier:
 
     Masks every 2-D and 4-D weight that the configuration does not exclude; a tied weight is masked once, under its
     first name. With `dense_embeddings`, the weights of all `nn.Embedding` modules and of the layers that
-    `model.get_output_embeddings()` returns stay dense. Names are those of the unwrapped model.
+    `model.get_output_layers()` (a list) or else `model.get_output_embeddings()` returns stay dense. Names are those of
+    the unwrapped model.
 
     Building the sparsifier draws the first masks and zeroes the weights outside them. To resume, therefore, load the
     weights of the model and the optimizer's state first and give `state`; or build it first, then load them, then call
@@ -464,9 +465,10 @@ def _select(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Parameter]
 def _embedding_weights(model: nn.Module) -> set[Tensor]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for module in model.modules():
-        if callable(find_output := getattr(module, "get_output_embeddings", None)):
-            output = find_output()
-            layers.extend(output if isinstance(output, nn.ModuleList | list | tuple) else [output])
+        if callable(find_all := getattr(module, "get_output_layers", None)):
+            layers.extend(find_all())
+        elif callable(find_one := getattr(module, "get_output_embeddings", None)):
+            layers.append(find_one())
     return {layer.weight for layer in layers if layer is not None}
 
 

@@ -4,12 +4,12 @@
 import os
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from .checkpoint import CheckpointError
 from .nonfinite import NonFiniteError
@@ -72,6 +72,20 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
             print(plan)
         parser.exit()
     return config
+
+
+def build_config(config_class: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Builds a `config_class` from its fields, nested dataclasses as dicts, checked as on a command line.
+
+    Raises:
+        ValueError: a field is unknown, missing or has an unusable value.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        return config_class(**vars(parser.instantiate(parser.parse_object(dict(fields)))))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def run_recipe(

@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from torch import nn
 from tqdm import tqdm
 
+from ..analysis import topology_figures
 from ..sparsity import Sparsifier
 from .checkpoint import (
     CheckpointError,
@@ -46,6 +47,7 @@ from .state import (
     own_tensors,
     random_states,
     restore_random_states,
+    share_buffers,
     whole_optimizer_state,
     whole_weights,
 )
@@ -72,7 +74,7 @@ class Task(Protocol):
         """Sum over the items of `batch` divided by `num_items`: the loss (scalar) and each head's own, [heads]."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures on held-out data, the same on every process; lists hold one number per head."""
+        """Figures on held-out data, the same on every process."""
 
 
 class TrainingLoop:
@@ -218,7 +220,7 @@ class TrainingLoop:
 
     def _reset_window(self) -> None:
         """Starts a new stretch of steps over which the logged losses are averaged."""
-        self.window_losses: torch.Tensor = torch.zeros(0, device=self.accelerator.device)
+        self.window_losses = torch.zeros(0, device=self.accelerator.device)
         self.window_steps_start = self.step
         self.window_items_start = self.items
         self.window_start = time.perf_counter()
@@ -249,8 +251,10 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         self.network.eval()
+        share_buffers(self.network)
         with self.timer("evaluation"), root_gathered(self.network):
-            self.last_evaluation = self.task.evaluate()
+            figures = self.task.evaluate()
+        self.last_evaluation = {**figures, **topology_figures(self.sparsifier)}
         self.network.train()
         self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start
@@ -294,6 +298,7 @@ class TrainingLoop:
 
     def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
         """What the main process is to save; every process has to call this."""
+        share_buffers(self.network)
         process = {"random": random_states(self.accelerator.device), "window_losses": self.window_losses.tolist()}
         training = {
             "optimizer": whole_optimizer_state(self.optimizer.optimizer, self.accelerator),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -29,6 +30,12 @@ def own_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     names = network.state_dict().keys()
     yield from network.named_parameters()
     yield from ((name, buffer) for name, buffer in network.named_buffers() if name in names)
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Gives all processes the main one's buffers, such as running means, which each counts by itself; collective."""
+    for buffer in network.buffers():
+        buffer.copy_(broadcast(buffer))
 
 
 def whole_weights(network: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:

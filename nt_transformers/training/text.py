@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from ..analysis import EnsembleScores, language_model_cost, score_language_model
+from ..analysis import EnsembleScores, ModelCost, language_model_cost, score_language_model
 from ..data import (
     TextDataConfig,
     check_vocab_size,
@@ -24,7 +24,7 @@ from ..data import (
     validation_sequences,
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from ..sparsity import planned_nonzeros
+from ..sparsity import SparsitySummary, planned_nonzeros
 from ..validation import check, check_types
 from .config import TrainingConfig
 from .engine import accelerated
@@ -314,11 +314,8 @@ class TextTask:
         network = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
             local = score_language_model(network, self.validation)
-        tokens = torch.tensor(local.tokens, device=self.accelerator.device)
-        scores = EnsembleScores(
-            self.accelerator.reduce(local.sums, "sum"), int(self.accelerator.reduce(tokens, "sum"))
-        )
-        return scores.figures(network.config.vote)
+        scores = EnsembleScores(self.accelerator.reduce(local.sums, "sum"))
+        return scores.language_figures(network.config.vote)
 
 
 def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfig) -> dict[str, Any]:
@@ -342,6 +339,10 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
         weights = whole_weights(loop.network, accelerator)
         parameters = loop.network.num_parameters()
         topology = loop.sparsifier.summary()
+        cost = _cost(config, loop.network, topology)
+        training_flops = cost.training(config.sparsity.dense_gradient_interval)
+        # Padding is computed as well.
+        positions = loop.step * config.global_batch_size * config.data.sequence_length
         summary = {
             "steps": loop.step,
             "tokens": loop.items,
@@ -349,6 +350,10 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
             "active_parameters": parameters - (topology.numel - topology.nonzeros),
             "density": topology.density,
             "explored": topology.explored,
+            "forward_flops_per_token": cost.forward,
+            "training_flops_per_token": training_flops,
+            # While gmp prunes, its cost changes from step to step.
+            "training_flops": None if config.sparsity.method == "gmp" else training_flops * positions,
             **loop.last_evaluation,
             "config": config.identity(),
         }
@@ -360,3 +365,13 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
             if repository is not None:
                 push_run(output_dir, repository)
     return summary
+
+
+def _cost(
+    config: TextTrainingConfig | ContinuedTextTrainingConfig, network: Any, topology: SparsitySummary
+) -> ModelCost:
+    # The network itself may be sharded over processes.
+    with torch.device("meta"):
+        whole = NeuroTrailsLlamaForCausalLM(network.config)
+    nonzeros = {name: tensor.nonzeros for name, tensor in topology.tensors.items()}
+    return language_model_cost(whole, config.data.sequence_length, nonzeros)

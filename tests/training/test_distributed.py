@@ -136,6 +136,12 @@ def test_both_engines_leave_the_same_hub_checkpoint(runs: Path, data: str) -> No
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_processes_evaluate_with_the_running_means_of_the_first(runs: Path) -> None:
+    first, second = (torch.load(runs / f"buffers_{rank}.pt") for rank in range(2))
+    assert_equal(first, second)
+    assert first["running_mean"].tolist() == pytest.approx([0.45, 0.55, 0.65])
+
+
 def test_sharded_bf16_keeps_float32_weights(runs: Path) -> None:
     folder = runs / "fsdp_padded_bf16"
     assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.float32}

@@ -431,6 +431,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         """The output layer of the first head."""
         return self.lm_heads[0]
 
+    def get_output_layers(self) -> list[nn.Module]:
+        """The output layer of every head."""
+        return list(self.lm_heads)
+
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replaces every head's output layer: the first head takes the module itself, the others copies."""
         for m in range(len(self.lm_heads)):

@@ -2,7 +2,7 @@
 """Trains on text by DDP and by FSDP2, and resumes those runs after their second checkpoint.
 
 Usage: torchrun --nproc_per_node 2 text_runs.py FOLDER CORPUS TOKENIZER
-Leaves FOLDER/<engine>_<data>, FOLDER/<engine>_<data>_resumed, and FOLDER/fsdp_padded_bf16.
+Leaves FOLDER/<engine>_<data>, FOLDER/<engine>_<data>_resumed, FOLDER/fsdp_padded_bf16, and FOLDER/buffers_<rank>.pt.
 """
 
 import os
@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from nt_transformers.data import TextDataConfig
 from nt_transformers.sparsity import SparsityConfig
 from nt_transformers.training import LlamaArguments, TextTrainingConfig, train_language_model
+from nt_transformers.training.state import share_buffers
 
 
 STOP = 4
@@ -92,8 +93,17 @@ def copy_checkpoints(source: Path, target: Path) -> None:
             shutil.rmtree(folder)
 
 
+def save_buffers(folder: Path, rank: int) -> None:
+    """Saves the running means that a process has of its own once they are shared."""
+    network = torch.nn.BatchNorm1d(3)
+    network(torch.arange(12.0).reshape(4, 3) + 100 * rank)
+    share_buffers(network)
+    torch.save(network.state_dict(), folder / f"buffers_{rank}.pt")
+
+
 def main() -> None:
     folder, corpus, tokenizer = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    save_buffers(folder, Accelerator().process_index)
     runs = [
         (engine, data, f"{engine}_{data}{suffix}")
         for engine in ("ddp", "fsdp")
