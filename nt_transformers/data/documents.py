@@ -282,6 +282,9 @@ def _record_batches(path: str, text_column: str) -> Iterator[pa.RecordBatch]:
         return
     with pa.memory_map(path) as memory:
         is_file_format = memory.read(6) == b"ARROW1"
+        memory.seek(max(0, memory.size() - len(END_OF_STREAM)))
+        if not is_file_format and memory.read() != END_OF_STREAM:
+            raise pa.ArrowInvalid("the end of the stream is missing")
         memory.seek(0)
         with pa.ipc.open_file(memory) if is_file_format else pa.ipc.open_stream(memory) as reader:
             _check_schema(reader.schema, text_column, path)
@@ -289,9 +292,6 @@ def _record_batches(path: str, text_column: str) -> Iterator[pa.RecordBatch]:
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 yield from reader
-                memory.seek(memory.size() - len(END_OF_STREAM))
-                if memory.read() != END_OF_STREAM:
-                    raise pa.ArrowInvalid("the stream was cut off between two batches")
 
 
 def _check_schema(schema: pa.Schema, text_column: str, path: str) -> None:

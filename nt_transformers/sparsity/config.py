@@ -139,6 +139,12 @@ class SparsityConfig:
         for name, value in FIXED.get(self.method, {}).items():
             setattr(self, name, value)
 
+    @property
+    def dense_gradient_interval(self) -> float | None:
+        """Steps for each time that the gradients of removed weights are needed, over the whole run; None for never."""
+        grows = self.growth == "gradient" and self.method != "gmp" and self.stop_fraction > 0
+        return self.update_interval / self.stop_fraction if grows else None
+
     def _check_ranges(self) -> None:
         for name in ("density", "drop_fraction"):
             self._check(0 < getattr(self, name) <= 1, name, "set it above 0 and at most 1")

@@ -85,7 +85,8 @@ class Sparsifier:
 
     Masks every 2-D and 4-D weight that the configuration does not exclude; a tied weight is masked once, under its
     first name. With `dense_embeddings`, the weights of all `nn.Embedding` modules and of the layers that
-    `model.get_output_embeddings()` returns stay dense. Names are those of the unwrapped model.
+    `model.get_output_layers()` (a list) or else `model.get_output_embeddings()` returns stay dense. Names are those of
+    the unwrapped model.
 
     Building the sparsifier draws the first masks and zeroes the weights outside them. To resume, therefore, load the
     weights of the model and the optimizer's state first and give `state`; or build it first, then load them, then call
@@ -260,14 +261,10 @@ class Sparsifier:
 
     def _initial(self, parameters: dict[str, nn.Parameter]) -> list[_Masked]:
         config = self.config
-        shapes = [tuple(parameter.shape) for parameter in parameters.values()]
-        targets = nonzero_counts(shapes, config.density, config.distribution)
-        if sum(targets) == 0:
-            raise ValueError(
-                f"density={config.density} leaves none of {sum(map(math.prod, shapes))} weights: raise it."
-            )
+        targets = _target_counts(parameters, config)
         tensors = []
-        for (name, parameter), target in zip(parameters.items(), targets, strict=True):
+        for name, parameter in parameters.items():
+            target = targets[name]
             mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
             active = mask.numel() if config.method == "gmp" else target
             generator = self._generator(parameter, 0, name, "initial")
@@ -422,6 +419,25 @@ class Sparsifier:
                     )
 
 
+def planned_nonzeros(model: nn.Module, config: SparsityConfig) -> dict[str, int]:
+    """How many weights of each masked tensor would exist (for `gmp`: at the end), by parameter name.
+
+    The model may be on the meta device; nothing is drawn or changed.
+
+    Raises:
+        ValueError: as `Sparsifier`, where the configuration does not fit the model.
+    """
+    return _target_counts(_select(model, config), config)
+
+
+def _target_counts(parameters: Mapping[str, nn.Parameter], config: SparsityConfig) -> dict[str, int]:
+    shapes = [tuple(parameter.shape) for parameter in parameters.values()]
+    counts = nonzero_counts(shapes, config.density, config.distribution)
+    if sum(counts) == 0:
+        raise ValueError(f"density={config.density} leaves none of {sum(map(math.prod, shapes))} weights: raise it.")
+    return dict(zip(parameters, counts, strict=True))
+
+
 def _select(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Parameter]:
     """The parameters to mask, by their first name."""
     names: dict[nn.Parameter, list[str]] = {}
@@ -449,9 +465,10 @@ def _select(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Parameter]
 def _embedding_weights(model: nn.Module) -> set[Tensor]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for module in model.modules():
-        if callable(find_output := getattr(module, "get_output_embeddings", None)):
-            output = find_output()
-            layers.extend(output if isinstance(output, nn.ModuleList | list | tuple) else [output])
+        if callable(find_all := getattr(module, "get_output_layers", None)):
+            layers.extend(find_all())
+        elif callable(find_one := getattr(module, "get_output_embeddings", None)):
+            layers.append(find_one())
     return {layer.weight for layer in layers if layer is not None}
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """The Accelerate training loop, what the recipes need around it, and the callback for Trainer."""
 
-from .arguments import parse_arguments, run_recipe
+from .arguments import build_config, parse_arguments, run_recipe
 from .callback import SparsifierCallback
 from .checkpoint import CheckpointError
 from .config import TrainingConfig
@@ -31,6 +31,7 @@ __all__ = [
     "TextTrainingConfig",
     "TrainingConfig",
     "TrainingLoop",
+    "build_config",
     "parse_arguments",
     "run_recipe",
     "train_language_model",

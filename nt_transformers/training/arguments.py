@@ -1,17 +1,19 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Command lines of the recipes: YAML files plus any field again as an option."""
 
+import os
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from .checkpoint import CheckpointError
 from .nonfinite import NonFiniteError
+from .plan import Hardware, Plannable
 
 
 Config = TypeVar("Config")
@@ -25,7 +27,8 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
     """Builds a `config_class` from `--config FILE.yaml` (later files override earlier ones) and `--field value`.
 
     Fields of nested dataclasses are written with dots: `--sparsity.density 0.5`. A wrong field or value ends the
-    program with exit code 2 and one message, before any work.
+    program with exit code 2 and one message, before any work. If the dataclass can plan its run, `--plan` prints the
+    plan for `--hardware.*` and ends the program.
 
     Args:
         config_class: A dataclass; its docstring becomes the help text.
@@ -42,6 +45,11 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         "--config", action=ActionConfigFile, help="YAML file of fields; may be given several times, the last one wins"
     )
     parser.add_class_arguments(config_class, as_group=False)
+    if issubclass(config_class, Plannable):
+        parser.add_argument(
+            "--plan", action="store_true", help="print parameters, FLOPs, memory of a process and time; do not train"
+        )
+        parser.add_class_arguments(Hardware, "hardware")
     sections = [name for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)]
     try:
         fields = parser.parse_args(arguments)
@@ -53,9 +61,31 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         if not isinstance(fields[name], Namespace):
             parser.error(f"{name}={fields[name]!r}: give its fields, or leave it out for the defaults")
     try:
-        return config_class(**vars(parser.instantiate(fields)))
+        values = vars(parser.instantiate(fields))
+        hardware, planned = values.pop("hardware", None), values.pop("plan", False)
+        config = config_class(**values)
+        plan = config.plan(hardware) if planned and isinstance(config, Plannable) else None
     except ValueError as error:
         parser.error(str(error))
+    if plan is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(plan)
+        parser.exit()
+    return config
+
+
+def build_config(config_class: type[Config], fields: Mapping[str, Any]) -> Config:
+    """Builds a `config_class` from its fields, nested dataclasses as dicts, checked as on a command line.
+
+    Raises:
+        ValueError: a field is unknown, missing or has an unusable value.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        return config_class(**vars(parser.instantiate(parser.parse_object(dict(fields)))))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def run_recipe(

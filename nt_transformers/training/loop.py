@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from torch import nn
 from tqdm import tqdm
 
+from ..analysis import topology_figures
 from ..sparsity import Sparsifier
 from .checkpoint import (
     CheckpointError,
@@ -50,6 +51,7 @@ from .state import (
     whole_optimizer_state,
     whole_weights,
 )
+from .timing import PhaseTimer
 
 
 Batch = dict[str, Any]
@@ -76,7 +78,7 @@ class Task(Protocol):
         """Sum over the items of `batch` divided by `num_items`: the loss (scalar) and each head's own, [heads]."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures on held-out data, the same on every process; lists hold one number per head."""
+        """Figures on held-out data, the same on every process."""
 
 
 class TrainingLoop:
@@ -141,9 +143,12 @@ class TrainingLoop:
         with StopSignals() as self.signals, progress:
             batches = self.task.batches(self.position)
             self.network.train()
+            self.timer = PhaseTimer(self.accelerator.device)
             self.window_start = time.perf_counter()
             while self.step < self.config.max_steps:
-                if self._optimizer_step([next(batches) for _ in range(self.accumulation_steps)]):
+                with self.timer("data"):
+                    micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
+                if self._optimizer_step(micro_batches):
                     progress.update()
                     self._after_step(progress)
                 if self.stopping:
@@ -183,10 +188,12 @@ class TrainingLoop:
         self.items += int(num_items)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        if self.config.max_grad_norm is not None or self._due(self.config.logging_steps):
-            self.grad_norm = self.sparsifier.clip_grad_norm_(self.config.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.sparsifier.step()
+        with self.timer("optimizer"):
+            if self.config.max_grad_norm is not None or self._due(self.config.logging_steps):
+                self.grad_norm = self.sparsifier.clip_grad_norm_(self.config.max_grad_norm or math.inf)
+            self.optimizer.step()
+        with self.timer("sparsifier"):
+            self.sparsifier.step()
         self.optimizer.zero_grad()
         return True
 
@@ -199,9 +206,11 @@ class TrainingLoop:
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 inputs = send_to_device(batch, self.accelerator.device, non_blocking=True)
-                loss, head_losses = self.task.loss(self.model, inputs, num_items)
+                with self.timer("forward"):
+                    loss, head_losses = self.task.loss(self.model, inputs, num_items)
                 # Data-parallel engines average gradients over processes; the loss is already a share of the whole.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                with self.timer("backward"):
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
             losses.append(torch.cat((loss.detach().reshape(1), head_losses.detach())).float())
         return torch.stack(losses).sum(0)
 
@@ -237,6 +246,7 @@ class TrainingLoop:
             **self._skipped_records(),
             "seconds": round(seconds, 3),
             f"{self.task.items}_per_second": round((self.items - self.window_items_start) / seconds, 1),
+            **self.timer.take_shares(),
         }
         self.metrics.write(metrics)
         self._reset_window()
@@ -246,8 +256,9 @@ class TrainingLoop:
         start = time.perf_counter()
         self.network.eval()
         share_buffers(self.network)
-        with root_gathered(self.network):
-            self.last_evaluation = self.task.evaluate()
+        with self.timer("evaluation"), root_gathered(self.network):
+            figures = self.task.evaluate()
+        self.last_evaluation = {**figures, **topology_figures(self.sparsifier)}
         self.network.train()
         self.metrics.write({"step": self.step, self.task.items: self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start

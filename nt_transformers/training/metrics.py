@@ -9,10 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from .files import sync, write_text
+from .timing import SHARES
 
 
 # Fields that depend on the clock: all others of a resumed run equal those of an uninterrupted one.
-TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", "images_per_second"})
+TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", "images_per_second", *SHARES.values()})
 
 
 class MetricsLog:
@@ -43,18 +44,29 @@ class MetricsLog:
             yield line.decode()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Adds one line. `metrics` holds `step`, numbers, and lists of numbers (one per head)."""
+        """Adds one line. `metrics` holds `step` and whatever JSON can hold.
+
+        The trackers get its numbers, those in lists (one per head) and in dicts (one per tensor) as `name/key`.
+        """
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        for key, values in metrics.items():
-            if isinstance(values, list):
-                numbers |= {f"{key}/{index}": value for index, value in enumerate(values)}
+        numbers = dict(_numbers(metrics))
         self.accelerator.log(numbers, step=numbers.pop("step"))
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, so that a checkpoint never knows of more than the file."""
         if self.path.exists():
             sync(self.path)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in metrics.items():
+        if isinstance(value, int | float):
+            yield key, value
+        elif isinstance(value, dict | list):
+            nested = dict(enumerate(value)) if isinstance(value, list) else value
+            yield from (
+                (f"{key}/{name}", number) for name, number in nested.items() if isinstance(number, int | float)
+            )

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ..sparsity.sparsifier import SparsitySummary
 from .config import TrainingConfig
 from .loop import Task, TrainingLoop
 from .state import unsharded, whole_weights
@@ -14,11 +15,12 @@ from .state import unsharded, whole_weights
 
 def run_training(
     config: TrainingConfig, task: Task, accelerator: Accelerator
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, SparsitySummary, dict[str, Any]]:
     """Trains `task` to the end.
 
     Returns:
-        The trained network, whole on the main process, and the final figures of `summary.json`: what was trained on,
+        The trained network, whole on the main process, its topology, and the final figures of `summary.json`: what was
+        trained on,
         sizes, the last evaluation, and the configuration.
 
     Raises:
@@ -43,4 +45,4 @@ def run_training(
         **loop.last_evaluation,
         "config": config.identity(),
     }
-    return network, summary
+    return network, topology, summary

@@ -175,7 +175,7 @@ def train_image_classifier(config: VisionTrainingConfig) -> dict[str, Any]:
     with accelerated(config) as accelerator:
         task = VisionTask(config, accelerator)
         repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
-        network, summary = run_training(config, task, accelerator)
+        network, _, summary = run_training(config, task, accelerator)
         summary = task.test() | summary
         if accelerator.is_main_process:
             output_dir = Path(config.output_dir)

@@ -171,7 +171,7 @@ def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
 def test_an_arrow_stream_cut_between_two_batches_is_damaged(tmp_path: Path) -> None:
     file = write_texts(tmp_path / "a.arrow")
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"a\.arrow is damaged after row 3 .*cut off between two batches"):
+    with pytest.raises(ValueError, match=r"a\.arrow is damaged after row 0 .*the end of the stream is missing"):
         load_documents(str(file))
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nt_transformers.models.neurotrails_llama.modeling_neurotrails_llama import (
+from nt_transformers.models.neurotrails_llama.loss_neurotrails_llama import (
     NeuroTrailsLlamaOutputLayer,
     fused_causal_lm_losses,
 )

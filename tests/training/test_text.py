@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nt_transformers.analysis import count_nonzeros, language_model_cost
 from nt_transformers.training import TextTrainingConfig, train_language_model
 from nt_transformers.training.metrics import TIMING_FIELDS
 
@@ -71,6 +72,13 @@ def test_a_run_leaves_a_checkpoint_that_loads(run_config: RunConfig) -> None:
         assert f"| {value:.2f} |" in card
 
 
+def test_a_run_that_saves_memory_trains_the_same_network(run_config: RunConfig, tmp_path: Path) -> None:
+    plain = train_language_model(run_config())
+    options: dict[str, Any] = {"activation_checkpointing": "heads", "headwise_backward": True}
+    lean = train_language_model(run_config(output_dir=str(tmp_path / "lean"), **options))
+    assert lean["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)
+
+
 def test_metrics_hold_what_the_design_names(run_config: RunConfig) -> None:
     config = run_config()
     train_language_model(config)
@@ -84,7 +92,25 @@ def test_metrics_hold_what_the_design_names(run_config: RunConfig) -> None:
         assert line["density"] == 0.5
         assert 0.5 <= line["explored"] <= 1
         assert line["tokens"] > 0
-    assert all(line["eval_tokens"] == 300 for line in evaluation)
+    for line in evaluation:
+        assert line["eval_tokens"] == 300
+        assert line["eval_loss"] < sum(line["eval_loss_heads"]) / 2
+        assert 0 < line["eval_disagreement"] < 1
+        assert line["density"] == 0.5
+        assert line["explored"] > 0.5
+        assert 0 < line["mask_overlap"] < 1
+        # The distribution of Erdos and Renyi spares the small matrices.
+        densities = line["layer_density"]
+        assert densities["model.layers.0.self_attn.q_proj.weight"] > densities["lm_heads.0.weight"] > 0
+
+
+def test_the_summary_holds_what_training_cost(run_config: RunConfig) -> None:
+    config = run_config(sparsity={"method": "static"}, max_steps=2)
+    summary = train_language_model(config)
+    model = AutoModelForCausalLM.from_pretrained(config.output_dir)
+    cost = language_model_cost(model, 16, count_nonzeros(model))
+    assert summary["forward_flops_per_token"] == cost.forward < cost.dense_forward
+    assert summary["training_flops"] == cost.training() * 2 * 8 * 16  # steps, sequences, tokens
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
 - The whole family by config: single network (M = 1), TreeNet, full ensemble (no backbone, M embeddings).
 - The vote is returned as logits: a later softmax gives the mean probability, so generation needs no change.
 - `from_dense` upcycles a stock LLaMA, `extract_head` goes back.
-- `skip_logits=True` trains without ever holding [batch, seq, vocab]: output layer and cross-entropy are fused.
+- `skip_logits=True` trains without ever holding [batch, seq, vocab]: output layer and cross-entropy are fused;
+  `headwise_backward=True` holds the activations of the backbone and one head at a time.
 - A file that travels with a checkpoint: it imports torch, transformers and its configuration only.
 """
 
@@ -18,7 +19,6 @@ from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.generation.configuration_utils import GenerationConfig
@@ -40,10 +40,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple, mer
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-
-
-# Each chunk of the fused loss passes over the whole weight gradient; fewer tokens would make that pass dominate.
-_TOKENS_PER_CHUNK = 512
+from .loss_neurotrails_llama import NeuroTrailsLlamaOutputLayer, fused_causal_lm_losses, headwise_loss
 
 
 @dataclass
@@ -69,106 +66,6 @@ class NeuroTrailsCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     head_losses: torch.Tensor | None = None
     head_logits: torch.Tensor | None = None
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a linear layer without bias, summed over tokens, holding one chunk of logits at a time.
-
-    Takes hidden states [tokens, hidden], weight [vocab, hidden] and targets [tokens]; returns a float32 scalar. The
-    forward pass also computes the gradients, in the chunk's own buffer; the backward pass scales them. Like a linear
-    layer it multiplies in the autocast dtype; softmax, loss and weight gradient are float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
-    ) -> torch.Tensor:
-        device = hidden_states.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        matrix = weight.to(dtype)
-        grad_hidden = torch.empty_like(hidden_states) if needs_grad and ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if needs_grad and ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
-        loss = torch.zeros((), dtype=torch.float32, device=device)
-
-        for start in range(0, len(targets), _TOKENS_PER_CHUNK):
-            chunk = slice(start, start + _TOKENS_PER_CHUNK)
-            hidden, target = hidden_states[chunk].to(dtype), targets[chunk, None]
-            log_probs = torch.log_softmax(hidden @ matrix.T, -1, dtype=torch.float32)
-            loss -= log_probs.gather(1, target).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad_logits = log_probs.exp_().scatter_add_(1, target, log_probs.new_full(target.shape, -1.0)).to(dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits @ matrix
-            if grad_weight is not None and grad_weight.dtype == dtype:
-                grad_weight.addmm_(grad_logits.T, hidden)
-            elif grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden
-
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place: the weight gradient is as large as the output layer.
-        grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
-
-
-class NeuroTrailsLlamaOutputLayer(nn.Linear):
-    """The output layer of one head, which also computes the loss that needs no logits.
-
-    It does so in `forward` because engines that shard the weights (FSDP) gather them when a module is called.
-    """
-
-    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., hidden] to logits [..., vocab]; [tokens, hidden] and targets [tokens] to the cross-entropy's sum."""
-        if targets is None:
-            return super().forward(hidden_states)
-        return _LinearCrossEntropy.apply(hidden_states, self.weight, targets, torch.is_grad_enabled())
-
-
-def _summed_loss(lm_head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    if isinstance(lm_head, NeuroTrailsLlamaOutputLayer):
-        return lm_head(hidden_states, targets)
-    # A layer that someone has put in its place.
-    return nn.functional.cross_entropy(lm_head(hidden_states).float(), targets, reduction="sum")
-
-
-def fused_causal_lm_losses(
-    hidden_states: Sequence[torch.Tensor] | torch.Tensor,
-    lm_heads: Sequence[nn.Module],
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """transformers' causal LM loss of every head's linear output layer, without the logits.
-
-    Args:
-        hidden_states: [batch, seq, hidden] for each head.
-        lm_heads: the output layer of each head.
-        labels: [batch, seq]; position t is scored with label t + 1, unless `shift_labels` are given.
-        num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
-
-    Returns:
-        [heads], in nats, float32.
-    """
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    targets = shift_labels.flatten().to(hidden_states[0].device)
-    positions = (targets != ignore_index).nonzero().squeeze(1)
-    targets = targets[positions]
-    sums = [
-        _summed_loss(lm_head, hidden.flatten(0, 1)[positions], targets)
-        for hidden, lm_head in zip(hidden_states, lm_heads, strict=True)
-    ]
-    return torch.stack(sums) / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
 def count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
@@ -326,6 +223,34 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
         """
+        stems, head_kwargs = self.run_backbone(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
+        outputs = [head(stem, **head_kwargs) for head, stem in zip(self._running_heads(), stems, strict=True)]
+        # A device map may place the heads on different devices.
+        head_hidden_states = torch.stack([output.to(stems[0].device) for output in outputs])
+        return NeuroTrailsModelOutputWithPast(
+            last_hidden_state=head_hidden_states.mean(0),
+            past_key_values=head_kwargs["past_key_values"],
+            head_hidden_states=head_hidden_states,
+        )
+
+    def run_backbone(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """Everything before the heads; arguments as for `forward`.
+
+        Returns:
+            The hidden states [batch, seq, hidden] that each active head starts from, the same where there is a
+            backbone, and what every head is called with besides.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds: give exactly one of the two.")
         heads = self._running_heads()
@@ -362,18 +287,10 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         }
         # Fewer layers than were built while assisted generation drafts by early exit.
         depth = self.config.num_hidden_layers
-        head_depth = max(depth - len(self.layers), 0)
         # One stem for all heads, or one for each where nothing is shared.
         stems = [_run_layers(self.layers[:depth], embed, **layer_kwargs) for embed in embeds]
         stems *= len(heads) // len(stems)
-        outputs = [head(stem, head_depth, **layer_kwargs) for head, stem in zip(heads, stems, strict=True)]
-        # A device map may place the heads on different devices.
-        head_hidden_states = torch.stack([output.to(embeds[0].device) for output in outputs])
-        return NeuroTrailsModelOutputWithPast(
-            last_hidden_state=head_hidden_states.mean(0),
-            past_key_values=past_key_values,
-            head_hidden_states=head_hidden_states,
-        )
+        return stems, {"depth": max(depth - len(self.layers), 0), **layer_kwargs}
 
 
 class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMixin):
@@ -495,6 +412,13 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
     def active_heads(self, value: int | Sequence[int]) -> None:
         self.model.active_heads = value
 
+    def activation_checkpointing_enable(self, *args: Any, heads_only: bool = False, **kwargs: Any) -> None:
+        """As in transformers, for all decoder layers or, with `heads_only`, for those of the heads."""
+        super().activation_checkpointing_enable(*args, **kwargs)
+        if heads_only:
+            for layer in self.model.layers:
+                cast(LlamaDecoderLayer, layer).gradient_checkpointing = False
+
     def get_input_embeddings(self) -> nn.Embedding:
         """See `NeuroTrailsLlamaModel.get_input_embeddings`."""
         return self.model.get_input_embeddings()
@@ -506,6 +430,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
     def get_output_embeddings(self) -> nn.Module:
         """The output layer of the first head."""
         return self.lm_heads[0]
+
+    def get_output_layers(self) -> list[nn.Module]:
+        """The output layer of every head."""
+        return list(self.lm_heads)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replaces every head's output layer: the first head takes the module itself, the others copies."""
@@ -536,6 +464,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         output_head_logits: bool = False,
         skip_logits: bool = False,
+        headwise_backward: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> NeuroTrailsCausalLMOutputWithPast:
         """As `LlamaForCausalLM.forward`, with the vote in `logits`.
@@ -544,23 +473,34 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             labels: [batch, seq]; the loss is the mean over active heads of each head's own cross-entropy.
             output_head_logits: also return every active head's logits.
             skip_logits: return losses but no logits, which saves time and memory in training.
+            headwise_backward: with `skip_logits`, compute each head's gradients right after its own forward pass, so
+                that no two heads' activations are alive together; `loss.backward()` computes the backbone's, once, and
+                delivers all of them. Not for sharded weights (FSDP).
 
         Raises:
-            ValueError: `skip_logits` without `labels`, or with an option that asks for logits.
+            ValueError: `skip_logits` without `labels`, or with an option that asks for logits; `headwise_backward`
+                without `skip_logits`.
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits=True: without logits only the loss is left, so give labels too.")
         if skip_logits and (output_head_logits or not isinstance(logits_to_keep, int) or logits_to_keep):
             raise ValueError("skip_logits=True: drop output_head_logits and logits_to_keep, they ask for logits.")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+        if headwise_backward and not skip_logits:
+            raise ValueError("headwise_backward=True: the heads' logits are not kept, so give skip_logits=True too.")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
             **kwargs,
-        )
+        }
+        if headwise_backward:
+            assert labels is not None
+            losses = self._headwise_losses(inputs, labels, **kwargs)
+            return NeuroTrailsCausalLMOutputWithPast(loss=losses.mean(), head_losses=losses)
+        outputs = self.model(**inputs)
         lm_heads = [cast(nn.Linear, self.lm_heads[m]) for m in self.active_heads]
         logits = head_logits = head_losses = None
         if skip_logits:
@@ -580,6 +520,22 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             head_losses=head_losses,
             head_logits=head_logits,
         )
+
+    def _headwise_losses(self, inputs: dict[str, Any], labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """[active heads] losses, each head being differentiated before the next one runs."""
+        stems, head_kwargs = self.model.run_backbone(**inputs)
+        losses = []
+        for m, stem in zip(self.active_heads, stems, strict=True):
+            head, lm_head = self.model.heads[m], self.lm_heads[m]
+
+            def head_loss(
+                hidden_states: torch.Tensor, head: nn.Module = head, lm_head: nn.Module = lm_head
+            ) -> torch.Tensor:
+                hidden_states = head(hidden_states, **head_kwargs)
+                return fused_causal_lm_losses([hidden_states], [lm_head], labels, **kwargs)[0]
+
+            losses.append(headwise_loss(head_loss, stem, [*head.parameters(), *lm_head.parameters()]))
+        return torch.stack(losses)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
@@ -622,10 +578,8 @@ __all__ = [
     "NeuroTrailsLlamaForCausalLM",
     "NeuroTrailsLlamaHead",
     "NeuroTrailsLlamaModel",
-    "NeuroTrailsLlamaOutputLayer",
     "NeuroTrailsLlamaPreTrainedModel",
     "NeuroTrailsModelOutputWithPast",
     "close_vote",
     "count_vote",
-    "fused_causal_lm_losses",
 ]
