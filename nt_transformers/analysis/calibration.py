@@ -66,6 +66,7 @@ def reliability_diagram(bins: Tensor) -> list[dict[str, float]]:
 
 
 def _bin(confidence_N: Tensor, correct_N: Tensor) -> Tensor:
-    index = (confidence_N * BINS).long().clamp(max=BINS - 1)
+    # A confidence that is not a number makes the sums of its bin show it.
+    index = (confidence_N.nan_to_num() * BINS).long().clamp(max=BINS - 1)
     values = torch.stack([torch.ones_like(confidence_N), confidence_N, correct_N], dim=1)
     return values.new_zeros(BINS, 3).index_add_(0, index, values)

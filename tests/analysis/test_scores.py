@@ -133,3 +133,10 @@ def test_perfect_predictions() -> None:
     assert figures["eval_accuracy"] == 1
     for name in ("eval_loss", "eval_brier", "eval_ece", "eval_disagreement"):
         assert figures[name] == pytest.approx(0, abs=1e-6), name
+
+
+def test_predictions_that_are_no_numbers_show_in_the_figures() -> None:
+    log_probs = torch.full((2, 5), torch.nan)
+    sums = prediction_sums(log_probs, torch.tensor([0, 3]))
+    assert math.isnan(float(sums["nll"]))
+    assert math.isnan(float(expected_calibration_error(sums["bins"])))
