@@ -1,12 +1,13 @@
 # make demo   installs into .venv, trains on real text offline, evaluates, shows the result
 # make test   runs the tests
+# make eval-data   fetches the data of zero-shot tasks, for evaluation without a hub
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CODE := nt_transformers recipes eval tests benchmarks
 
-.PHONY: install demo test test-slow quality style clean
+.PHONY: install demo eval-data test test-slow quality style clean
 
 install: $(INSTALLED)
 
@@ -17,6 +18,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+eval-data: $(INSTALLED)
+	$(BIN)/python -m nt_transformers.evaluation.prepare --output data/eval
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

@@ -21,6 +21,29 @@ import torch
 import transformers
 
 
+# NeuroTrails at two sizes: 18.4M weights, and 296.5M as published.
+SIZES: dict[str, dict[str, int]] = {
+    "small": {
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 8,
+        "num_ensemble_heads": 3,
+        "num_head_layers": 5,
+    },
+    "llama_130m": {
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "num_ensemble_heads": 3,
+        "num_head_layers": 8,
+    },
+}
+
+
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line after adding the options that all benchmarks take, and set the number of threads."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat JSON object")

@@ -1,10 +1,11 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """One topology update of all tensors against one forward-backward pass of 8 x 256 tokens.
 
-    python benchmarks/topology_update.py [--quick] [--json FILE]
+    python benchmarks/topology_update.py [--size small|llama_130m] [--quick] [--json FILE]
 
-NeuroTrails has hidden size 256, 8 layers, 5 of them in each of 3 heads, vocabulary 4096: 18.4M weights. The update is
-the published one at its largest: half of the active weights dropped by soft magnitude, as many grown by gradient.
+NeuroTrails has hidden size 256, 8 layers, 5 of them in each of 3 heads, vocabulary 4096: 18.4M weights; or the shape
+of LLaMA-130M, 296.5M weights. The update is the published one at its largest: half of the active weights dropped by
+soft magnitude, as many grown by gradient.
 
     update_over_forward_backward = update / forward_backward
 """
@@ -12,32 +13,26 @@ the published one at its largest: half of the active weights dropped by soft mag
 import argparse
 
 import torch
-from harness import parse_args, report, time_interleaved
+from harness import SIZES, parse_args, report, time_interleaved
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_transformers.sparsity import Sparsifier, SparsityConfig
 
 
 BATCH, SEQUENCE = 8, 256
-MODEL = NeuroTrailsLlamaConfig(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=688,
-    num_attention_heads=4,
-    num_hidden_layers=8,
-    num_head_layers=5,
-    num_ensemble_heads=3,
-)
 SPARSITY = SparsityConfig(method="neurotrails_llm", update_interval=1, drop_schedule="constant")
 
 
 def main() -> None:
     """Time both in turn, an optimizer step before each, and report."""
-    args = parse_args(argparse.ArgumentParser(description=__doc__.partition("\n")[0]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="small", help="the network (default: %(default)s)")
+    args = parse_args(parser)
     torch.manual_seed(0)
-    tokens = torch.randint(MODEL.vocab_size, (BATCH, SEQUENCE))
-    model = NeuroTrailsLlamaForCausalLM(MODEL).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    config = NeuroTrailsLlamaConfig(**SIZES[args.size])
+    tokens = torch.randint(config.vocab_size, (BATCH, SEQUENCE))
+    model = NeuroTrailsLlamaForCausalLM(config).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     sparsifier = Sparsifier(model, optimizer, SPARSITY, total_steps=1000)
 
     def forward_backward() -> None:
@@ -46,8 +41,8 @@ def main() -> None:
 
     seconds = time_interleaved(
         {"forward_backward": forward_backward, "update": sparsifier.step},
-        rounds=5 if args.quick else 25,
-        warmup=2,
+        rounds=(5 if args.quick else 25) if args.size == "small" else (2 if args.quick else 7),
+        warmup=2 if args.size == "small" else 1,
         setup=optimizer.step,
     )
     weights = sparsifier.summary().numel

@@ -66,7 +66,7 @@ def sequences(data: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Name
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Any]:
     scores = score_language_model(model, sequences(args.data, tokenizer, args))
     return {
-        **scores.figures(model.config.vote),
+        **scores.language_figures(model.config.vote),
         "parameters": model.num_parameters(),
         "nonzero_parameters": sum(int(parameter.count_nonzero()) for parameter in model.parameters()),
     }

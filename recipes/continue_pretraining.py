@@ -9,11 +9,11 @@ Unless sparsity.mask_init is given, the first masks are drawn by magnitude; a sp
 its own sparsity.density. Any field can be given again as --field value.
 """
 
-from nt_transformers.training import ContinuedTextTrainingConfig, parse_arguments, train_language_model
+from nt_transformers.training import ContinuedTextTrainingConfig, run_recipe, train_language_model
 
 
 def main() -> None:
-    train_language_model(parse_arguments(ContinuedTextTrainingConfig, __doc__))
+    run_recipe(ContinuedTextTrainingConfig, train_language_model, __doc__)
 
 
 if __name__ == "__main__":

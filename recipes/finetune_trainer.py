@@ -57,6 +57,8 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model()
+    # Processes that end with the group still open are aborted.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

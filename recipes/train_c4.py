@@ -7,11 +7,11 @@ A second --config overrides the first (recipes/configs/variants/), any field can
 ... --config recipes/configs/variants/single.yaml --data.train shards/train --data.validation shards/validation
 """
 
-from nt_transformers.training import TextTrainingConfig, parse_arguments, train_language_model
+from nt_transformers.training import TextTrainingConfig, run_recipe, train_language_model
 
 
 def main() -> None:
-    train_language_model(parse_arguments(TextTrainingConfig, __doc__))
+    run_recipe(TextTrainingConfig, train_language_model, __doc__)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .sources import SOURCES, Document
+from .sources import SOURCES, Document, describe_sources
 from .tokenization import load_tokenizer
 
 
@@ -233,10 +233,6 @@ def _card(statistics: Statistics) -> str:
         f"| {split} | {count['documents']:,} | {count['characters']:,} | {count['tokens']:,} |"
         for split, count in statistics["splits"].items()
     )
-    sources = "\n".join(
-        f"- {SOURCES[name].description}; {SOURCES[name].licence}; from the package {package}"
-        for name, package in statistics["settings"]["sources"].items()
-    )
     files = "\n".join(f"      - split: {split}\n        path: {split}/*.json.gz" for split in SPLITS)
     return f"""---
 language: en
@@ -264,7 +260,7 @@ documents that share a sentence are in the same split.
 
 Sources:
 
-{sources}
+{describe_sources(statistics["settings"]["sources"])}
 """
 
 

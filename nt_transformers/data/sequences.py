@@ -8,6 +8,7 @@ number of processes or another batch size.
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -32,12 +33,14 @@ class Position:
     """Where in the stream of tokens a sequence starts.
 
     `shard` and `document` count in the order of the epoch, `token` within the document (its special tokens included).
+    `skipped_records` counts the damaged records passed over up to here, in all epochs.
     """
 
     epoch: int = 0
     shard: int = 0
     document: int = 0
     token: int = 0
+    skipped_records: int = 0
 
 
 class TokenSequences(IterableDataset[Batch]):
@@ -50,7 +53,8 @@ class TokenSequences(IterableDataset[Batch]):
 
     Every document ends with the tokenizer's end-of-sequence token and starts as the tokenizer starts it. A sequence is
     one document, truncated (the published runs), or with `packing` the next `sequence_length` tokens of all documents
-    joined, so that nothing is dropped. Documents of white space are skipped.
+    joined, so that nothing is dropped. Documents of white space are skipped, and records that `load_documents` found
+    damaged; they keep their numbers, so that positions hold whatever is skipped.
 
     Global micro-batch i holds the sequences `[i * W * b, (i + 1) * W * b)` for W processes of batch size b, of which
     process r takes the r-th b: W processes see together what one process sees with batch size `W * b`.
@@ -169,15 +173,17 @@ class TokenSequences(IterableDataset[Batch]):
 
     def _documents(self) -> Iterator[tuple[Position, str]]:
         """All documents with text from the start position on, and the position of each."""
-        start = self.start
+        start, skipped = self.start, self.start.skipped_records
         num_shards = 1 if isinstance(self.documents, datasets.Dataset) else self.documents.num_shards
         for epoch in itertools.count(start.epoch):
-            found = start != Position(epoch)
+            found = (start.shard, start.document, start.token) != (0, 0, 0)
             for shard in range(start.shard, num_shards):
                 for document, text in enumerate(self._texts(epoch, shard, start.document), start.document):
-                    if text and not text.isspace():
+                    if text is None:
+                        skipped += 1
+                    elif text and not text.isspace():
                         found = True
-                        yield Position(epoch, shard, document), text
+                        yield Position(epoch, shard, document, skipped_records=skipped), text
                 start = Position(epoch, shard + 1)
             if not found:
                 raise ValueError("data: no document of the corpus holds any text.")
@@ -260,13 +266,28 @@ def sequence_loader(sequences: TokenSequences, num_workers: int = 1) -> DataLoad
         batch_size=None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_tokenize_in_one_thread,
+        worker_init_fn=_prepare_worker,
         pin_memory=torch.cuda.is_available(),
         # Its own, because a loader draws from the global generator otherwise, and a resumed run makes one more loader.
         generator=torch.Generator(),
     )
 
 
-def _tokenize_in_one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     # A fork does not copy the tokenizers library's threads: waiting for them, as this variable can demand, hangs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Terminals and launchers signal a whole group; the training process finishes its step first, which takes data.
+    os.setpgrp()
+    _outlast_first_signal()
+
+
+def _outlast_first_signal() -> None:
+    # Schedulers signal every process. The second one has to end it: so the training process ends its workers.
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def obey_the_next(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, obey_the_next)

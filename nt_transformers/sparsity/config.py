@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..validation import check, check_types
 
 
 Method = Literal["rigl", "set", "static", "dense", "gmp", "neurotrails_llm", "neurotrails_vision"]
@@ -48,16 +50,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What a method is by definition, whatever is given: a run becomes its own baseline by changing `method` alone.
 FIXED: dict[str, dict[str, Any]] = {"static": {"stop_fraction": 0.0}, "dense": {"density": 1.0, "stop_fraction": 0.0}}
-
-_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    bool: ("true or false", lambda value: isinstance(value, bool)),
-    int: ("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    int | None: (
-        "an integer",
-        lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool)),
-    ),
-    float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
-}
 
 # Typed Any, so that the fields keep the type which they have once `__post_init__` has filled them in.
 _PRESET: Any = None
@@ -136,44 +128,30 @@ class SparsityConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_choice("method", get_args(Method))
+        known = isinstance(self.method, str) and self.method in PRESETS
+        self._check(known, "method", f"set it to one of {', '.join(PRESETS)}")
         for name, value in PRESETS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self._check_types()
+        check_types(self, "sparsity.")
+        self.exclude = list(self.exclude)
         self._check_ranges()
         for name, value in FIXED.get(self.method, {}).items():
             setattr(self, name, value)
 
-    def _check_types(self) -> None:
-        hints = get_type_hints(type(self))
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            if get_origin(hints[name]) is Literal:
-                self._check_choice(name, get_args(hints[name]))
-            elif hints[name] == MaskInit | None and value is not None:
-                self._check_choice(name, get_args(MaskInit))
-            elif hints[name] in _KINDS and not _KINDS[hints[name]][1](value):
-                self._fail(name, f"set it to {_KINDS[hints[name]][0]}")
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            self._fail("exclude", "set it to a list of patterns")
-        self.exclude = list(self.exclude)
+    @property
+    def dense_gradient_interval(self) -> float | None:
+        """Steps for each time that the gradients of removed weights are needed, over the whole run; None for never."""
+        grows = self.growth == "gradient" and self.method != "gmp" and self.stop_fraction > 0
+        return self.update_interval / self.stop_fraction if grows else None
 
     def _check_ranges(self) -> None:
         for name in ("density", "drop_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                self._fail(name, "set it above 0 and at most 1")
+            self._check(0 < getattr(self, name) <= 1, name, "set it above 0 and at most 1")
         for name in ("stop_fraction", "final_drop_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                self._fail(name, "set it between 0 and 1")
-        if not 0 < self.temperature < float("inf"):
-            self._fail("temperature", "set it above 0")
-        if self.update_interval < 1:
-            self._fail("update_interval", "set it to at least 1")
+            self._check(0 <= getattr(self, name) <= 1, name, "set it between 0 and 1")
+        self._check(self.temperature > 0, "temperature", "set it above 0")
+        self._check(self.update_interval >= 1, "update_interval", "set it to at least 1")
 
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        if getattr(self, name) not in choices:
-            self._fail(name, "choose from " + ", ".join(choices))
-
-    def _fail(self, name: str, remedy: str) -> None:
-        raise ValueError(f"{name}={getattr(self, name)!r} in SparsityConfig: {remedy}.")
+    def _check(self, valid: bool, name: str, remedy: str) -> None:
+        check(valid, f"sparsity.{name}", getattr(self, name), remedy)

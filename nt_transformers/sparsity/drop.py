@@ -13,6 +13,10 @@ from .config import Drop
 from .selection import largest
 
 
+# Weights whose keys are computed at a time: they stay in a CPU's cache, and intermediate results small.
+_CHUNK = 1 << 20
+
+
 DropRule = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 
 
@@ -38,6 +42,10 @@ def soft_magnitude(
     are compared by their logarithm, which neither overflows nor underflows. Weights of exactly zero go first, at
     random among themselves.
     """
-    keys = torch.rand(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
-    keys.log_().neg_().log_().sub_(weight.abs().log_(), alpha=temperature)
+    keys = torch.empty(weight.shape, device=weight.device, dtype=weight.dtype)
+    flat = (keys.view(-1), weight.reshape(-1), mask.reshape(-1))
+    for key, value, active in zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True):
+        torch.rand(key.shape, generator=generator, out=key).log_().neg_().log_()
+        # Removed weights are no candidates; the logarithm of their zeros would take five times as long on CPU.
+        key.sub_(value.abs().add_(~active).log_(), alpha=temperature)
     return largest(keys, mask, count, generator)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from .config import SparsityConfig
@@ -22,6 +22,7 @@ from .drop import drop_rule
 from .grow import at_random, by_score
 from .schedules import drop_fraction, num_updates, pruned_share, stop_step
 from .selection import keyed_generator, random_subset
+from .sharding import distribute, from_parts, largest_magnitude, own_part, total, total_norm, whole
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,10 @@ class SparsitySummary:
 
 @dataclass
 class _Masked:
-    """A parameter with its mask; `active` counts the mask, `target` is where gmp ends."""
+    """A parameter with its mask; `target` is where gmp ends.
+
+    Of a sharded parameter, `mask` and `explored` are this process's parts, the counts `active` and `seen` of all.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -63,10 +67,17 @@ class _Masked:
     mask: Tensor
     explored: Tensor
     active: int
+    seen: int
 
     @property
     def numel(self) -> int:
-        return self.mask.numel()
+        return self.parameter.numel()
+
+    def whole_mask(self) -> Tensor:
+        return whole(from_parts(self.mask, self.parameter))
+
+    def whole_explored(self) -> Tensor:
+        return whole(from_parts(self.explored, self.parameter))
 
 
 class Sparsifier:
@@ -74,11 +85,16 @@ class Sparsifier:
 
     Masks every 2-D and 4-D weight that the configuration does not exclude; a tied weight is masked once, under its
     first name. With `dense_embeddings`, the weights of all `nn.Embedding` modules and of the layers that
-    `model.get_output_embeddings()` returns stay dense. Names are those of the unwrapped model.
+    `model.get_output_layers()` (a list) or else `model.get_output_embeddings()` returns stay dense. Names are those of
+    the unwrapped model.
 
     Building the sparsifier draws the first masks and zeroes the weights outside them. To resume, therefore, load the
     weights of the model and the optimizer's state first and give `state`; or build it first, then load them, then call
     `load_state_dict`.
+
+    Parameters may be sharded over processes (FSDP2, `fully_shard`): masks are sharded alike, and an update gathers one
+    tensor at a time, of which every process chooses the same weights. All processes then have to build the sparsifier
+    and to call `step`, `clip_grad_norm_`, `state_dict` and `load_state_dict` together.
 
     Args:
         model: any module, wrapped or not.
@@ -156,14 +172,17 @@ class Sparsifier:
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}: set it above 0, or leave clipping out.")
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = get_total_norm([self._active_grad_norm(parameter) for parameter in parameters])
+        norm = total_norm(self._active_gradient(parameter) for parameter in parameters)
         clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The mask of each tensor by parameter name: bool, in the parameter's shape, true where the weight exists."""
-        return {tensor.name: tensor.mask for tensor in self._tensors}
+        """The mask of each tensor by parameter name: bool, in the parameter's shape, true where the weight exists.
+
+        The mask of a sharded parameter is sharded alike, a `DTensor`.
+        """
+        return {tensor.name: from_parts(tensor.mask, tensor.parameter) for tensor in self._tensors}
 
     @property
     def density(self) -> float:
@@ -173,17 +192,16 @@ class Sparsifier:
     @property
     def explored(self) -> float:
         """Share of weights that have ever existed, over all masked tensors."""
-        explored = sum(int(tensor.explored.count_nonzero()) for tensor in self._tensors)
-        return explored / sum(tensor.numel for tensor in self._tensors)
+        return sum(tensor.seen for tensor in self._tensors) / sum(tensor.numel for tensor in self._tensors)
 
     def summary(self) -> SparsitySummary:
         """The figures of each tensor and of all together."""
         tensors = {
             tensor.name: TensorSummary(
-                shape=tuple(tensor.mask.shape),
+                shape=tuple(tensor.parameter.shape),
                 nonzeros=tensor.active,
                 density=tensor.active / tensor.numel,
-                explored=int(tensor.explored.count_nonzero()) / tensor.numel,
+                explored=tensor.seen / tensor.numel,
             )
             for tensor in self._tensors
         }
@@ -198,15 +216,16 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs, as nested dicts of uint8 tensors, numbers, strings and lists.
 
-        Masks and explored weights have one bit per weight, in the order of `numpy.packbits`.
+        Masks and explored weights have one bit per weight, in the order of `numpy.packbits`, whole on every process:
+        the state holds for any number of processes, sharded or not.
         """
         return {
             "steps": self.steps,
             "total_steps": self.total_steps,
             "config": asdict(self.config),
-            "shapes": {tensor.name: list(tensor.mask.shape) for tensor in self._tensors},
-            "masks": {tensor.name: _pack(tensor.mask) for tensor in self._tensors},
-            "explored": {tensor.name: _pack(tensor.explored) for tensor in self._tensors},
+            "shapes": self._shapes(),
+            "masks": {tensor.name: _pack(tensor.whole_mask()) for tensor in self._tensors},
+            "explored": {tensor.name: _pack(tensor.whole_explored()) for tensor in self._tensors},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -218,10 +237,16 @@ class Sparsifier:
         self._check_state(state)
         self.steps = state["steps"]
         for tensor in self._tensors:
-            tensor.mask.copy_(_unpack(state["masks"][tensor.name], tensor.mask.shape))
-            tensor.explored.copy_(_unpack(state["explored"][tensor.name], tensor.mask.shape))
-            tensor.active = int(tensor.mask.count_nonzero())
+            mask, explored = (
+                _unpack(state[part][tensor.name], tensor.parameter.shape) for part in ("masks", "explored")
+            )
+            tensor.active, tensor.seen = int(mask.count_nonzero()), int(explored.count_nonzero())
+            tensor.mask = own_part(distribute(mask, tensor.parameter))
+            tensor.explored = own_part(distribute(explored, tensor.parameter))
         self._apply_masks()
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {tensor.name: list(tensor.parameter.shape) for tensor in self._tensors}
 
     def _check_schedule(self) -> None:
         if self._num_updates > 0 or self.config.stop_fraction == 0 or self.config.density == 1:
@@ -236,24 +261,21 @@ class Sparsifier:
 
     def _initial(self, parameters: dict[str, nn.Parameter]) -> list[_Masked]:
         config = self.config
-        shapes = [tuple(parameter.shape) for parameter in parameters.values()]
-        targets = nonzero_counts(shapes, config.density, config.distribution)
-        if sum(targets) == 0:
-            raise ValueError(
-                f"density={config.density} leaves none of {sum(map(math.prod, shapes))} weights: raise it."
-            )
+        targets = _target_counts(parameters, config)
         tensors = []
-        for (name, parameter), target in zip(parameters.items(), targets, strict=True):
+        for name, parameter in parameters.items():
+            target = targets[name]
             mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
             active = mask.numel() if config.method == "gmp" else target
             generator = self._generator(parameter, 0, name, "initial")
             if config.mask_init is None or config.mask_init == "random":
                 mask = random_subset(mask, active, generator)
             else:
-                _largest_magnitude(parameter, "weight", name)
+                _check_finite(parameter, "weight", name)
                 rule = drop_rule(config.mask_init, config.temperature)
-                mask ^= rule(_full(parameter), mask, mask.numel() - active, generator)
-            tensors.append(_Masked(name, parameter, target, mask, mask.clone(), active))
+                mask ^= rule(_values(parameter), mask, mask.numel() - active, generator)
+            mask = own_part(distribute(mask, parameter))
+            tensors.append(_Masked(name, parameter, target, mask, mask.clone(), active, seen=active))
         return tensors
 
     def _generator(self, parameter: nn.Parameter, update: int, name: str, purpose: str) -> torch.Generator:
@@ -263,7 +285,7 @@ class Sparsifier:
     def _apply_masks(self) -> None:
         for tensor in self._tensors:
             if tensor.active < tensor.numel:
-                _zero_outside_(tensor.parameter, tensor.mask)
+                _zero_outside_(own_part(tensor.parameter), tensor.mask)
 
     @torch.no_grad()
     def _update(self, update: int) -> None:
@@ -297,10 +319,10 @@ class Sparsifier:
     def _check_values(self, tensors: list[tuple[_Masked, bool]]) -> None:
         scores = []
         for tensor, grows in tensors:
-            _largest_magnitude(tensor.parameter, "weight", tensor.name)
+            _check_finite(tensor.parameter, "weight", tensor.name)
             if grows and self.config.growth != "random":
                 score = self._growth_score(tensor)
-                scores.append(_largest_magnitude(score, self.config.growth, tensor.name))
+                scores.append(_check_finite(score, self.config.growth, tensor.name))
         if scores and not any(scores):
             raise ValueError(
                 f"growth={self.config.growth!r} at step {self.steps}: all of it is zero, for every tensor; "
@@ -308,22 +330,29 @@ class Sparsifier:
             )
 
     def _update_tensor(self, tensor: _Masked, update: int, drop_count: int, grow_count: int) -> None:
-        config, parameter = self.config, tensor.parameter
-        drop_generator = self._generator(parameter, update, tensor.name, "drop")
-        dropped = self._drop(_full(parameter), tensor.mask, drop_count, drop_generator)
+        choice = self._choose(tensor, update, drop_count, grow_count)
+        dropped, grown = (own_part(distribute(chosen, tensor.parameter)) for chosen in choice)
         kept = tensor.mask & ~dropped
-        candidates = ~(kept if config.allow_regrow else tensor.mask)
-        grow_generator = self._generator(parameter, update, tensor.name, "grow")
-        if grow_count == 0 or config.growth == "random":
-            grown = at_random(candidates, grow_count, grow_generator)
-        else:
-            grown = by_score(self._growth_score(tensor), candidates, grow_count, grow_generator)
         tensor.mask = kept | grown
         tensor.active += grow_count - drop_count
         tensor.explored |= grown
+        tensor.seen = total(int(tensor.explored.count_nonzero()), tensor.parameter)
         # Inactive weights are zero already: only weights that were just dropped can keep a value.
-        _zero_outside_(parameter, tensor.mask if config.grow_init == "keep" else kept)
+        unzeroed = tensor.mask if self.config.grow_init == "keep" else kept
+        _zero_outside_(own_part(tensor.parameter), unzeroed)
         self._update_optimizer_state(tensor, dropped, grown)
+
+    def _choose(self, tensor: _Masked, update: int, drop_count: int, grow_count: int) -> tuple[Tensor, Tensor]:
+        """The weights to drop and those to grow, as masks of the whole tensor, the same on every process."""
+        config, parameter = self.config, tensor.parameter
+        mask = tensor.whole_mask()
+        drop_generator = self._generator(parameter, update, tensor.name, "drop")
+        dropped = self._drop(_values(parameter), mask, drop_count, drop_generator)
+        candidates = ~(mask & ~dropped if config.allow_regrow else mask)
+        grow_generator = self._generator(parameter, update, tensor.name, "grow")
+        if grow_count == 0 or config.growth == "random":
+            return dropped, at_random(candidates, grow_count, grow_generator)
+        return dropped, by_score(_values(self._growth_score(tensor)), candidates, grow_count, grow_generator)
 
     def _growth_score(self, tensor: _Masked) -> Tensor:
         """What growth ranks the weights of the tensor by: its gradient or its momentum."""
@@ -333,7 +362,7 @@ class Sparsifier:
                     f"growth='gradient': {tensor.name} has no gradient at step {self.steps}; call Sparsifier.step() "
                     "before zero_grad(), and exclude parameters that the loss does not reach."
                 )
-            return _full(tensor.parameter.grad)
+            return tensor.parameter.grad
         state = self.optimizer.state.get(tensor.parameter, {})
         momentum = next((state[key] for key in _MOMENTUM if state.get(key) is not None), None)
         if momentum is None:
@@ -341,7 +370,7 @@ class Sparsifier:
                 f"growth='momentum': the optimizer holds no momentum for {tensor.name}; "
                 "train with momentum or an Adam-like optimizer, or choose another growth."
             )
-        return _full(momentum)
+        return momentum
 
     def _update_optimizer_state(self, tensor: _Masked, dropped: Tensor, grown: Tensor) -> None:
         state = self.optimizer.state.get(tensor.parameter, {})
@@ -354,40 +383,59 @@ class Sparsifier:
             momentum = state.get("momentum_buffer")
             elementwise = [] if momentum is None else [momentum]
         for value in elementwise:
-            _zero_outside_(value, unchanged)
+            _zero_outside_(own_part(value), unchanged)
 
-    def _active_grad_norm(self, parameter: nn.Parameter) -> Tensor:
+    def _active_gradient(self, parameter: nn.Parameter) -> Tensor:
         assert parameter.grad is not None
         tensor = self._by_id.get(id(parameter))
         if tensor is None or tensor.active == tensor.numel:
-            return get_total_norm([parameter.grad])
-        return get_total_norm([parameter.grad * tensor.mask.view(torch.uint8)])
+            return parameter.grad
+        return from_parts(own_part(parameter.grad) * tensor.mask.view(torch.uint8), parameter.grad)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        own = self.state_dict()
-        if missing := own.keys() - state.keys():
+        if missing := {"steps", "total_steps", "config", "shapes", "masks", "explored"} - state.keys():
             raise ValueError(f"sparsifier state lacks {', '.join(sorted(missing))}: it is damaged or not one of ours.")
-        if differing := _differing(own["config"], state["config"]):
+        if differing := _differing(asdict(self.config), state["config"]):
             raise ValueError(f"sparsifier state is of another config; these fields differ: {differing}. Use the same.")
         if self.total_steps != state["total_steps"]:
             raise ValueError(
                 f"total_steps={self.total_steps}, but the sparsifier state is of a run of {state['total_steps']}, "
                 "whose schedules differ: give the same number."
             )
+        shapes = self._shapes()
         for part in ("shapes", "masks", "explored"):
-            if names := own[part].keys() ^ state[part].keys():
+            if names := shapes.keys() ^ state[part].keys():
                 raise ValueError(
                     f"sparsifier state is of another model: {', '.join(sorted(names))} only in one of them."
                 )
-        if differing := _differing(own["shapes"], state["shapes"]):
+        if differing := _differing(shapes, state["shapes"]):
             raise ValueError(f"sparsifier state is of another model; these shapes differ: {differing}.")
         for part in ("masks", "explored"):
-            for name, packed in own[part].items():
-                other = state[part][name]
-                if other.dtype != packed.dtype or other.shape != packed.shape:
+            for name, shape in shapes.items():
+                packed = state[part][name]
+                if packed.dtype != torch.uint8 or packed.shape != (math.ceil(math.prod(shape) / 8),):
                     raise ValueError(
-                        f"sparsifier state is damaged: {part} of {name} is {other.dtype} {list(other.shape)}."
+                        f"sparsifier state is damaged: {part} of {name} is {packed.dtype} {list(packed.shape)}."
                     )
+
+
+def planned_nonzeros(model: nn.Module, config: SparsityConfig) -> dict[str, int]:
+    """How many weights of each masked tensor would exist (for `gmp`: at the end), by parameter name.
+
+    The model may be on the meta device; nothing is drawn or changed.
+
+    Raises:
+        ValueError: as `Sparsifier`, where the configuration does not fit the model.
+    """
+    return _target_counts(_select(model, config), config)
+
+
+def _target_counts(parameters: Mapping[str, nn.Parameter], config: SparsityConfig) -> dict[str, int]:
+    shapes = [tuple(parameter.shape) for parameter in parameters.values()]
+    counts = nonzero_counts(shapes, config.density, config.distribution)
+    if sum(counts) == 0:
+        raise ValueError(f"density={config.density} leaves none of {sum(map(math.prod, shapes))} weights: raise it.")
+    return dict(zip(parameters, counts, strict=True))
 
 
 def _select(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Parameter]:
@@ -417,9 +465,10 @@ def _select(model: nn.Module, config: SparsityConfig) -> dict[str, nn.Parameter]
 def _embedding_weights(model: nn.Module) -> set[Tensor]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for module in model.modules():
-        if callable(find_output := getattr(module, "get_output_embeddings", None)):
-            output = find_output()
-            layers.extend(output if isinstance(output, nn.ModuleList | list | tuple) else [output])
+        if callable(find_all := getattr(module, "get_output_layers", None)):
+            layers.extend(find_all())
+        elif callable(find_one := getattr(module, "get_output_embeddings", None)):
+            layers.append(find_one())
     return {layer.weight for layer in layers if layer is not None}
 
 
@@ -438,9 +487,9 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _full(tensor: Tensor) -> Tensor:
-    """The values to rank, in float32 or better."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+def _values(tensor: Tensor) -> Tensor:
+    """The values to rank, whole, in float32 or better."""
+    return whole(tensor.detach()).to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _zero_outside_(tensor: Tensor, mask: Tensor) -> None:
@@ -448,8 +497,9 @@ def _zero_outside_(tensor: Tensor, mask: Tensor) -> None:
     tensor.mul_(mask.view(torch.uint8))
 
 
-def _largest_magnitude(values: Tensor, kind: str, name: str) -> float:
-    largest = float(values.detach().abs().amax())
+def _check_finite(values: Tensor, kind: str, name: str) -> float:
+    """The largest magnitude of what decides over masks."""
+    largest = largest_magnitude(values)
     if not math.isfinite(largest):
         raise ValueError(
             f"non-finite {kind} of {name} where it decides over masks: lower the learning rate, skip such steps, or "

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..sparsity import Sparsifier, SparsityConfig
+from .engine import check_engine
 
 
 # Key of the sparsifier's state in the first parameter group of a saved optimizer.
@@ -90,15 +91,12 @@ class SparsifierCallback(TrainerCallback):
         state_dict["param_groups"][0][_STATE] = self.sparsifier.state_dict()
 
     def _check(self, args: TrainingArguments, engine: AcceleratorState) -> None:
-        if engine.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        if engine.distributed_type == DistributedType.FSDP:
             raise ValueError(
-                f"distributed_type={engine.distributed_type.value}: SparsifierCallback supports one process or "
-                "data-parallel ones, each with the whole model; leave the engine out."
+                "distributed_type=FSDP: SparsifierCallback supports one process or data-parallel ones, each with the "
+                "whole model; leave the engine out, or train with a recipe of this library."
             )
-        if engine.mixed_precision not in ("no", "bf16"):
-            raise ValueError(
-                f"mixed_precision={engine.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
-            )
+        check_engine(engine)
         if self.max_grad_norm is not None and args.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm} in TrainingArguments and {self.max_grad_norm} in "

@@ -3,24 +3,31 @@
 
 A checkpoint is a folder `step_N` with `model.safetensors` (weights), `training.pt` (optimizer, sparsifier, random
 states: tensors and plain numbers, read with `weights_only=True`), `state.json` (step, data position, configuration)
-and `manifest.json` (size and SHA-256 of every file). It is written aside, synced and renamed.
+and `manifest.json` (size and SHA-256 of every file, and of the list itself). It is written aside, synced and renamed.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from .files import PARTIAL_SUFFIX, partial_path, sync
 
 
 MANIFEST = "manifest.json"
-PARTIAL_SUFFIX = ".partial"
+FILES = ("model.safetensors", "training.pt", "state.json")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those written before are as they were."""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -30,12 +37,40 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 def save_checkpoint(
     root: Path, step: int, weights: dict[str, torch.Tensor], training: dict[str, Any], state: dict[str, Any]
 ) -> Path:
-    """Writes the checkpoint of `step` under `root` and returns its folder."""
+    """Writes the checkpoint of `step` under `root` and returns its folder.
+
+    Raises:
+        CheckpointError: the disk is full or fails; nothing is left of this checkpoint, earlier ones are untouched.
+    """
     folder = checkpoint_folder(root, step)
-    with _written_atomically(folder) as partial:
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        torch.save(training, partial / "training.pt")
-        (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    partial = partial_path(folder)
+    writers: dict[str, Callable[[Path], object]] = {
+        "model.safetensors": lambda path: save_file(weights, path, metadata={"format": "pt"}),
+        "training.pt": lambda path: torch.save(training, path),
+        "state.json": lambda path: path.write_text(json.dumps(state, indent=2), encoding="utf-8"),
+    }
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        # Side by side: one file is hashed and synced while another is still written.
+        with ThreadPoolExecutor() as pool:
+            sealed = pool.map(lambda name: _write_sealed(partial / name, writers[name]), writers)
+        _write_sealed(
+            partial / MANIFEST, lambda path: path.write_text(_manifest(dict(zip(writers, sealed, strict=True))))
+        )
+        sync(partial)
+        if folder.exists():
+            _remove(folder)
+        partial.rename(folder)
+        sync(root)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save and safetensors have errors of their own for a full disk.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error} "
+            f"({shutil.disk_usage(root).free:,} bytes are free there). Earlier checkpoints are untouched: make room "
+            "and continue with resume_from_checkpoint=latest."
+        ) from error
     return folder
 
 
@@ -54,17 +89,24 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     return weights, training, state
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is as it was written."""
-    if not folder.is_dir():
+def find_damage(folder: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None if it is as it was written.
+
+    Args:
+        folder: The checkpoint.
+        contents: Read the files and compare their hashes, not only their sizes.
+    """
+    if not os.path.isdir(folder):
         return "there is no such folder"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        digest = manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is missing or damaged, so it was never completed"
-    missing = {"model.safetensors", "training.pt", "state.json"} - set(files)
-    if missing:
+    if digest != _digest_of_list(manifest["files"]):
+        return f"its {MANIFEST} is not as it was written"
+    if missing := set(FILES) - set(files):
         return f"its {MANIFEST} does not list {sorted(missing)}"
     for name, (size, digest) in files.items():
         path = folder / name
@@ -72,58 +114,91 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _sha256(path) != digest:
-            return f"{name} is not as it was written (its SHA-256 differs)"
+        try:
+            if contents and _sha256(path) != digest:
+                return f"{name} is not as it was written (its SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
     return None
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The checkpoint folders under `root`, oldest first, complete or not."""
-    folders = [path for path in root.glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted((path for path in root.glob("step_*") if path.name[5:].isdecimal()), key=_step)
 
 
-def rotate_checkpoints(root: Path, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` checkpoints, and what interrupted saves left behind."""
-    for folder in list_checkpoints(root)[:-keep_last]:
-        _remove(folder)
+def newest_checkpoint(root: Path, report: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint that is as it was written, or None if there is none at all.
+
+    Args:
+        root: Folder of the checkpoints.
+        report: Told of each one that is skipped, and why.
+
+    Raises:
+        ValueError: there are checkpoints, but all are damaged.
+    """
+    folders = list_checkpoints(root)
+    for folder in reversed(folders):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        report(f"skipping {folder}: {damage}")
+    if folders:
+        raise ValueError(
+            f"resume_from_checkpoint='latest': all {len(folders)} checkpoints in {root} are damaged; restore one, or "
+            "start anew with overwrite_output_dir=true and without resume_from_checkpoint"
+        )
+    return None
+
+
+def rotate_checkpoints(root: Path, keep_last: int, keep_every: int | None = None, written: Path | None = None) -> None:
+    """Deletes old checkpoints, damaged ones, and what interrupted saves left behind; never the newest whole one.
+
+    Args:
+        root: Folder of the checkpoints.
+        keep_last: How many of the newest complete ones are kept.
+        keep_every: Complete ones of steps that are multiples of this are kept as well.
+        written: The one that has just been written: it is whole, and later ones are of a run that was given up. None
+            looks for the newest whole one, and deletes no checkpoint if there is none.
+    """
+    folders = list_checkpoints(root)
+    whole = written or next((folder for folder in reversed(folders) if find_damage(folder) is None), None)
+    if whole is not None:
+        usable = [f for f in folders if _step(f) <= _step(whole) and find_damage(f, contents=False) is None]
+        kept = {*usable[-keep_last:], *(f for f in usable if keep_every and _step(f) % keep_every == 0)}
+        for folder in set(folders) - kept:
+            _remove(folder)
     for leftover in root.glob(f"*{PARTIAL_SUFFIX}"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-@contextmanager
-def _written_atomically(folder: Path) -> Iterator[Path]:
-    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    files = sorted(partial.iterdir())
-    manifest = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in (*files, partial / MANIFEST, partial):
-        _sync(path)
-    if folder.exists():
-        _remove(folder)
-    partial.rename(folder)
-    _sync(folder.parent)
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _write_sealed(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
+    """Writes a file through to the disk and returns its entry in the manifest."""
+    write(path)
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _manifest(files: dict[str, Any]) -> str:
+    return json.dumps({"files": files, "sha256": _digest_of_list(files)}, indent=2)
+
+
+def _digest_of_list(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(folder: Path) -> None:
     # Renamed first: a deletion that is interrupted must not leave something that looks like a checkpoint.
-    doomed = folder.with_name(folder.name + PARTIAL_SUFFIX + PARTIAL_SUFFIX)
+    doomed = partial_path(partial_path(folder))
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..sparsity import SparsityConfig
+from ..validation import check, check_types
 
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
@@ -17,21 +18,25 @@ FREE_ON_RESUME = frozenset(
         "overwrite_output_dir",
         "resume_from_checkpoint",
         "per_device_batch_size",
+        "activation_checkpointing",
+        "headwise_backward",
+        "compile",
         "report_to",
         "run_name",
         "logging_steps",
         "eval_steps",
         "checkpoint_steps",
         "keep_last",
+        "keep_every",
+        "on_non_finite",
+        "data.on_bad_record",
         "data.num_workers",
+        "license",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
     }
 )
-
-
-def check(valid: bool, name: str, value: object, remedy: str) -> None:
-    """Raises a `ValueError` that names the field, its value and the remedy, unless `valid`."""
-    if not valid:
-        raise ValueError(f"{name}={value!r}: {remedy}")
 
 
 @dataclass(kw_only=True)
@@ -59,11 +64,18 @@ class TrainingConfig:
         logging_steps: Steps between two lines of metrics.
         eval_steps: Steps between two evaluations on held-out data; null for one at the end only.
         checkpoint_steps: Steps between two checkpoints; null for none.
-        keep_last: How many checkpoints are kept.
+        keep_last: How many of the newest checkpoints are kept.
+        keep_every: Checkpoints of steps that are multiples of this are kept as well; null for none.
+        on_non_finite: What to do when a loss or gradient is NaN or infinite: `stop`, or `skip` the batch. The step
+            counts only once a batch is finite.
         resume_from_checkpoint: A checkpoint folder, or `latest`: the newest complete one of `output_dir`, if any.
         overwrite_output_dir: Delete the run that `output_dir` holds and start anew.
         report_to: Trackers that get the metrics besides `metrics.jsonl`, one or a list.
         run_name: Name of the run in the trackers; null takes the name of `output_dir`.
+        license: Licence of the trained weights, for the model card.
+        push_to_hub: Upload the trained model to the Hub.
+        hub_model_id: Repository to push to, `name` or `organisation/name`; null takes the name of `output_dir`.
+        hub_private_repo: Whether a new repository is private; null leaves it to the account's settings.
     """
 
     output_dir: str
@@ -87,16 +99,26 @@ class TrainingConfig:
     eval_steps: int | None = None
     checkpoint_steps: int | None = None
     keep_last: int = 2
+    keep_every: int | None = None
+    on_non_finite: Literal["stop", "skip"] = "stop"
     resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
     report_to: Tracker | list[Tracker] = field(default_factory=list)
     run_name: str | None = None
+    license: str = "apache-2.0"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("output_dir", "resume_from_checkpoint", "run_name"):
+            check(getattr(self, name) != "", name, "", "name one, or leave the field out")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "give a number from 0 up to 2**32 - 1")
         for name in ("max_steps", "global_batch_size", "per_device_batch_size", "logging_steps", "keep_last"):
             value = getattr(self, name)
             check(value >= 1, name, value, "give a whole number of at least 1")
-        for name in ("eval_steps", "checkpoint_steps"):
+        for name in ("eval_steps", "checkpoint_steps", "keep_every"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, value, "give a whole number of at least 1, or null")
         for name in ("warmup_ratio", "min_lr_ratio"):
@@ -105,7 +127,7 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             check(0 <= value < 1, name, value, "give a number from 0 up to, not including, 1")
-        check(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "give a positive number")
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "give a positive number")
         check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "give a positive number")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or a positive number")
         check(

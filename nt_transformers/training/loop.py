@@ -5,37 +5,53 @@ Notable:
 - the loss is the mean over all items (tokens, images) of the global batch, however it is split over processes and
   accumulation steps;
 - the sparsifier sees the gradient of the whole global batch;
-- the data position travels with each batch, so a checkpoint resumes bit for bit on one process.
+- the data position travels with each batch, so a checkpoint resumes bit for bit on as many processes as saved it;
+- a checkpoint holds whole tensors: any engine, and any number of processes, resumes it.
 """
 
 import contextlib
 import json
 import math
-import random
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import nn
 from tqdm import tqdm
 
+from ..analysis import topology_figures
 from ..sparsity import Sparsifier
 from .checkpoint import (
+    CheckpointError,
     find_damage,
-    list_checkpoints,
     load_checkpoint,
+    newest_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
 )
 from .config import TrainingConfig
+from .engine import check_shardable, root_gathered
+from .export import remove_export
+from .interruption import Interrupted, StopSignals
 from .metrics import MetricsLog
+from .nonfinite import NonFiniteError, NonFiniteGuard, all_finite, describe, describe_state, gradients
 from .optimization import build_optimizer, learning_rate
+from .state import (
+    load_optimizer_state,
+    load_weights,
+    own_tensors,
+    random_states,
+    restore_random_states,
+    share_buffers,
+    whole_optimizer_state,
+    whole_weights,
+)
+from .timing import PhaseTimer
 
 
 Batch = dict[str, Any]
@@ -58,7 +74,7 @@ class Task(Protocol):
         """Sum over the items of `batch` divided by `num_items`: the loss (scalar) and each head's own, [heads]."""
 
     def evaluate(self) -> dict[str, Any]:
-        """Figures on held-out data, the same on every process; lists hold one number per head."""
+        """Figures on held-out data, the same on every process."""
 
 
 class TrainingLoop:
@@ -70,8 +86,8 @@ class TrainingLoop:
         accelerator: Device, precision and processes.
 
     Raises:
-        ValueError: the batch does not divide, `output_dir` holds another run, or the checkpoint to resume is damaged
-            or belongs to another configuration.
+        ValueError: the batch does not divide, the network cannot be sharded, `output_dir` holds another run, or the
+            checkpoint to resume is damaged or belongs to another configuration.
     """
 
     def __init__(self, config: TrainingConfig, task: Task, accelerator: Accelerator) -> None:
@@ -84,7 +100,12 @@ class TrainingLoop:
         self.items = 0
         self.position: Position | None = None
         self.last_evaluation: dict[str, Any] = {}
+        self.guard = NonFiniteGuard(config.on_non_finite)
+        self.stopping = False
+        self.window_losses: torch.Tensor
 
+        if accelerator.is_fsdp2:
+            check_shardable(task.model)
         checkpoint = self._find_resume_point()
         self.model, self.optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config))
         self.network = accelerator.unwrap_model(self.model)
@@ -101,8 +122,13 @@ class TrainingLoop:
         return self.output_dir / "checkpoints"
 
     def run(self) -> None:
-        """Trains to `max_steps`; evaluates, writes checkpoints and metrics on the way."""
-        batches = self.task.batches(self.position)
+        """Trains to `max_steps`; evaluates, writes checkpoints and metrics on the way.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; the step was finished and a checkpoint saved.
+            NonFiniteError: a loss, gradient or weight is NaN or infinite; no checkpoint holds it.
+            CheckpointError: a checkpoint could not be written; earlier ones are untouched.
+        """
         progress = tqdm(
             total=self.config.max_steps,
             initial=self.step,
@@ -110,46 +136,87 @@ class TrainingLoop:
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        self.network.train()
-        self.window_start = time.perf_counter()
-        while self.step < self.config.max_steps:
-            self._optimizer_step([next(batches) for _ in range(self.accumulation_steps)])
-            progress.update()
-            if self._due(self.config.logging_steps):
-                progress.set_postfix(self._log_window())
-            last = self.step == self.config.max_steps
-            if last or self._due(self.config.eval_steps):
-                self._evaluate()
-            if self.config.checkpoint_steps and (last or self._due(self.config.checkpoint_steps)):
-                self._save()
-        progress.close()
+        with StopSignals() as self.signals, progress:
+            batches = self.task.batches(self.position)
+            self.network.train()
+            self.timer = PhaseTimer(self.accelerator.device)
+            self.window_start = time.perf_counter()
+            while self.step < self.config.max_steps:
+                with self.timer("data"):
+                    micro_batches = [next(batches) for _ in range(self.accumulation_steps)]
+                if self._optimizer_step(micro_batches):
+                    progress.update()
+                    self._after_step(progress)
+                if self.stopping:
+                    self._save()
+                    raise Interrupted
+
+    def _after_step(self, progress: tqdm) -> None:
+        last = self.step == self.config.max_steps
+        if self._due(self.config.logging_steps):
+            progress.set_postfix(self._log_window())
+        if last or self._due(self.config.eval_steps):
+            self._evaluate()
+        due = self.config.checkpoint_steps is not None and (last or self._due(self.config.checkpoint_steps))
+        if due and not self.stopping:
+            self._save()
+        elif last:
+            self._check_weights()
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
 
-    def _optimizer_step(self, micro_batches: list[Batch]) -> None:
-        self.position = micro_batches[-1].pop("position")
+    def _optimizer_step(self, micro_batches: list[Batch]) -> bool:
+        """Takes one step, or passes over a batch that is not finite; returns which."""
+        start, self.position = self.position, micro_batches[-1].pop("position")
         local_items = sum(self.task.count_items(batch) for batch in micro_batches)
         num_items = self.accelerator.reduce(torch.tensor(local_items, device=self.accelerator.device), "sum")
+        losses = self._forward_backward(micro_batches, num_items.clamp(min=1))
+        if not self._agree_to_step(losses):
+            culprits = describe(losses[1:], gradients(self.network))
+            self.optimizer.zero_grad()
+            self.guard.failed(self.step + 1, (start, self.position), culprits)
+            return False
+
+        self.guard.passed()
+        self.window_losses = losses if self.window_losses.numel() == 0 else self.window_losses + losses
+        self.step += 1
+        self.items += int(num_items)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        with self.timer("optimizer"):
+            if self.config.max_grad_norm is not None or self._due(self.config.logging_steps):
+                self.grad_norm = self.sparsifier.clip_grad_norm_(self.config.max_grad_norm or math.inf)
+            self.optimizer.step()
+        with self.timer("sparsifier"):
+            self.sparsifier.step()
+        self.optimizer.zero_grad()
+        return True
+
+    def _forward_backward(self, micro_batches: list[Batch], num_items: torch.Tensor) -> torch.Tensor:
+        """Leaves the gradient of the global batch in the parameters; returns this process's share of its loss and of
+        each head's, [1 + heads]."""
+        losses = []
         for index, batch in enumerate(micro_batches):
             batch.pop("position", None)
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 inputs = send_to_device(batch, self.accelerator.device, non_blocking=True)
-                loss, head_losses = self.task.loss(self.model, inputs, num_items.clamp(min=1))
+                with self.timer("forward"):
+                    loss, head_losses = self.task.loss(self.model, inputs, num_items)
                 # Data-parallel engines average gradients over processes; the loss is already a share of the whole.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            self._add_to_window(loss, head_losses)
+                with self.timer("backward"):
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+            losses.append(torch.cat((loss.detach().reshape(1), head_losses.detach())).float())
+        return torch.stack(losses).sum(0)
 
-        self.step += 1
-        self.items += int(num_items)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
-        if self.config.max_grad_norm is not None or self._due(self.config.logging_steps):
-            self.grad_norm = self.sparsifier.clip_grad_norm_(self.config.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.sparsifier.step()
-        self.optimizer.zero_grad()
+    def _agree_to_step(self, losses: torch.Tensor) -> bool:
+        """Whether loss and gradient are finite on all processes; lets all of them know if one was told to stop."""
+        finite = all_finite([losses, *gradients(self.network).values()])
+        flags = torch.tensor([self.signals.received, not finite], device=self.accelerator.device, dtype=torch.int32)
+        stopping, broken = self.accelerator.reduce(flags, "sum").tolist()
+        self.stopping = stopping > 0
+        return broken == 0
 
     def _reset_window(self) -> None:
         """Starts a new stretch of steps over which the logged losses are averaged."""
@@ -157,10 +224,6 @@ class TrainingLoop:
         self.window_steps_start = self.step
         self.window_items_start = self.items
         self.window_start = time.perf_counter()
-
-    def _add_to_window(self, loss: torch.Tensor, head_losses: torch.Tensor) -> None:
-        losses = torch.cat((loss.detach().reshape(1), head_losses.detach())).float()
-        self.window_losses = losses if self.window_losses.numel() == 0 else self.window_losses + losses
 
     def _log_window(self) -> dict[str, str]:
         steps = self.step - self.window_steps_start
@@ -175,8 +238,11 @@ class TrainingLoop:
             "tokens": self.items,
             "density": self.sparsifier.density,
             "explored": self.sparsifier.explored,
+            "skipped_batches": self.guard.skipped,
+            **self._skipped_records(),
             "seconds": round(seconds, 3),
             "tokens_per_second": round((self.items - self.window_items_start) / seconds, 1),
+            **self.timer.take_shares(),
         }
         self.metrics.write(metrics)
         self._reset_window()
@@ -185,51 +251,108 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         start = time.perf_counter()
         self.network.eval()
-        self.last_evaluation = self.task.evaluate()
+        share_buffers(self.network)
+        with self.timer("evaluation"), root_gathered(self.network):
+            figures = self.task.evaluate()
+        self.last_evaluation = {**figures, **topology_figures(self.sparsifier)}
         self.network.train()
         self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start
 
+    def _skipped_records(self) -> dict[str, int]:
+        """How many damaged records the data passed over so far, for data that count them."""
+        position = self.position or {}
+        return {key: position[key] for key in ("skipped_records",) if key in position}
+
+    def _check_weights(self) -> None:
+        """Raises a `NonFiniteError` on all processes if a weight or a moment of the optimizer is not finite."""
+        culprits = describe_state(dict(own_tensors(self.network)), self.optimizer.state)
+        broken = torch.tensor(int(bool(culprits)), device=self.accelerator.device)
+        if self.accelerator.reduce(broken, "sum") > 0:
+            raise NonFiniteError(
+                f"step {self.step}: {culprits or 'on another process, weights'} not finite. No checkpoint was written "
+                "of it. Lower learning_rate or set max_grad_norm and resume an earlier checkpoint."
+            )
+
     def _save(self) -> None:
         start = time.perf_counter()
-        if self.accelerator.is_main_process:
-            weights = {name: value.detach().contiguous() for name, value in _own_tensors(self.network)}
-            training = {
-                "optimizer": self.optimizer.state_dict(),
-                "sparsifier": self.sparsifier.state_dict(),
-                "random": _random_states(),
-            }
-            state = {
-                "step": self.step,
-                "items": self.items,
-                "position": self.position,
-                "window": {
-                    "losses": self.window_losses.tolist(),
-                    "steps_start": self.window_steps_start,
-                    "items_start": self.window_items_start,
-                },
-                "config": self.config.identity(),
-            }
-            save_checkpoint(self.checkpoints, self.step, weights, training, state)
-            rotate_checkpoints(self.checkpoints, self.config.keep_last)
-        self.accelerator.wait_for_everyone()
+        self._check_weights()
+        contents = self._snapshot()
+        error = self._write_checkpoint(*contents) if self.accelerator.is_main_process else None
+        failed = torch.tensor(int(error is not None), device=self.accelerator.device)
+        # Also keeps the others from going on before the checkpoint is there.
+        if self.accelerator.reduce(failed, "sum") > 0:
+            raise error or CheckpointError(f"step {self.step}: the main process could not write the checkpoint")
         self.window_start += time.perf_counter() - start
 
-    def _find_resume_point(self) -> Path | None:
-        """The checkpoint to continue from; clears or protects what `output_dir` already holds."""
-        if self.config.resume_from_checkpoint == "latest":
-            for folder in reversed(list_checkpoints(self.checkpoints)):
-                damage = find_damage(folder)
-                if damage is None:
-                    return folder
-                self.accelerator.print(f"skipping {folder}: {damage}")
-            return None
-        if self.config.resume_from_checkpoint is not None:
-            return Path(self.config.resume_from_checkpoint)
-        if self.accelerator.is_main_process:
-            self._make_room()
-        self.accelerator.wait_for_everyone()
+    def _write_checkpoint(
+        self, weights: dict[str, torch.Tensor], training: dict[str, Any], state: dict[str, Any]
+    ) -> CheckpointError | None:
+        try:
+            self.metrics.sync()
+            folder = save_checkpoint(self.checkpoints, self.step, weights, training, state)
+        except CheckpointError as error:
+            return error
+        rotate_checkpoints(self.checkpoints, self.config.keep_last, self.config.keep_every, written=folder)
         return None
+
+    def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+        """What the main process is to save; every process has to call this."""
+        share_buffers(self.network)
+        process = {"random": random_states(self.accelerator.device), "window_losses": self.window_losses.tolist()}
+        training = {
+            "optimizer": whole_optimizer_state(self.optimizer.optimizer, self.accelerator),
+            "sparsifier": self.sparsifier.state_dict(),
+            "processes": gather_object([process]),
+        }
+        state = {
+            "step": self.step,
+            "items": self.items,
+            "position": self.position,
+            "skipped_batches": self.guard.skipped,
+            "last_evaluation": self.last_evaluation,
+            "window": {"steps_start": self.window_steps_start, "items_start": self.window_items_start},
+            "batch_split": self._batch_split(),
+            "config": self.config.identity(),
+        }
+        return whole_weights(self.network, self.accelerator), training, state
+
+    def _batch_split(self) -> dict[str, int]:
+        """How the global batch is shared out: what may change between a run and its resumption, at a price."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "per_device_batch_size": self.config.per_device_batch_size,
+        }
+
+    def _find_resume_point(self) -> Path | None:
+        """The checkpoint to continue from; makes `output_dir`, clears or protects what it already holds."""
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"output_dir={self.config.output_dir!r}: it cannot be made ({error})") from error
+        if self.config.resume_from_checkpoint == "latest":
+            return self._newest_checkpoint()
+        folder = None if self.config.resume_from_checkpoint is None else Path(self.config.resume_from_checkpoint)
+        if folder is not None and (damage := find_damage(folder, contents=False)):
+            raise ValueError(f"resume_from_checkpoint={str(folder)!r}: it cannot be resumed: {damage}")
+        if folder is None or folder.resolve().parent != self.checkpoints.resolve():
+            if self.accelerator.is_main_process:
+                self._make_room()
+            self.accelerator.wait_for_everyone()
+        return folder
+
+    def _newest_checkpoint(self) -> Path | None:
+        # One process looks, so that all of them resume the same one.
+        found: list[Path | ValueError | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [newest_checkpoint(self.checkpoints, print)]
+            except ValueError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0]
 
     def _make_room(self) -> None:
         if (self.output_dir / "metrics.jsonl").exists() and not self.config.overwrite_output_dir:
@@ -239,20 +362,36 @@ class TrainingLoop:
             )
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        remove_export(self.output_dir)
 
     def _resume(self, folder: Path) -> None:
         weights, training, state = load_checkpoint(folder)
         self._check_same_run(folder, state["config"])
-        for name, value in _own_tensors(self.network):
-            value.data.copy_(weights[name])
-        self.optimizer.load_state_dict(training["optimizer"])
+        load_weights(self.network, weights)
+        load_optimizer_state(self.optimizer.optimizer, training["optimizer"])
         self.sparsifier.load_state_dict(training["sparsifier"])
-        _restore_random_states(training["random"])
         self.step, self.items, self.position = state["step"], state["items"], state["position"]
-        self.window_losses = torch.tensor(state["window"]["losses"], device=self.accelerator.device)
+        self.guard.skipped, self.last_evaluation = state["skipped_batches"], state["last_evaluation"]
         self.window_steps_start = state["window"]["steps_start"]
         self.window_items_start = state["window"]["items_start"]
+        self._resume_process(training["processes"])
         self.accelerator.print(f"resuming {folder} at step {self.step} of {self.config.max_steps}")
+        if state["batch_split"] != self._batch_split():
+            self.accelerator.print(
+                f"the global batch was split by {state['batch_split']}, now by {self._batch_split()}: weights, masks, "
+                "optimizer, schedules and data position continue exactly; sums over the batch are rounded in another "
+                "order, and random draws other than those of data and masks (dropout) are not those of the former run"
+            )
+
+    def _resume_process(self, processes: list[dict[str, Any]]) -> None:
+        """Takes up what each process held for itself; for another number of processes the sums stay right."""
+        rank, size = self.accelerator.process_index, len(processes)
+        restore_random_states(processes[rank % size]["random"], self.accelerator.device)
+        losses = torch.tensor([process["window_losses"] for process in processes], device=self.accelerator.device)
+        if size == self.accelerator.num_processes:
+            self.window_losses = losses[rank]
+        else:
+            self.window_losses = losses.sum(0) * self.accelerator.is_main_process
 
     def _check_same_run(self, folder: Path, saved: dict[str, Any]) -> None:
         own = json.loads(json.dumps(self.config.identity()))
@@ -266,28 +405,3 @@ class TrainingLoop:
                 f"resume_from_checkpoint={str(folder)!r}: it belongs to another configuration; "
                 f"give the same values or start a new run ({'; '.join(different)})"
             )
-
-
-def _own_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and saved buffers, tied ones once."""
-    names = network.state_dict().keys()
-    yield from network.named_parameters()
-    yield from ((name, buffer) for name, buffer in network.named_buffers() if name in names)
-
-
-def _random_states() -> dict[str, Any]:
-    numpy_state: Any = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
-        "python": random.getstate(),
-    }
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    np.random.set_state(tuple(states["numpy"]))
-    random.setstate(states["python"])

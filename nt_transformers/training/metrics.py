@@ -2,15 +2,18 @@
 """The metrics of a run: one JSON object a line, and whatever trackers the user asks for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from .files import sync, write_text
+from .timing import SHARES
+
 
 # Fields that depend on the clock: all others of a resumed run equal those of an uninterrupted one.
-TIMING_FIELDS = frozenset({"seconds", "tokens_per_second"})
+TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", *SHARES.values()})
 
 
 class MetricsLog:
@@ -27,26 +30,43 @@ class MetricsLog:
         self.accelerator = accelerator
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= last_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
+            write_text(path, "".join(f"{line}\n" for line in self._lines(last_step)))
 
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A crash can leave the last line unfinished; its step is later than the last checkpoint's.
-        return [line for line in lines if line.endswith("\n")]
+    def _lines(self, last_step: int) -> Iterator[str]:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        for line in content.split(b"\n"):
+            try:
+                if json.loads(line)["step"] > last_step:
+                    return
+            except (ValueError, KeyError, TypeError):
+                # What a crash left unfinished is later than the last checkpoint, for which `sync` was called.
+                return
+            yield line.decode()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Adds one line. `metrics` holds `step`, numbers, and lists of numbers (one per head)."""
+        """Adds one line. `metrics` holds `step` and whatever JSON can hold.
+
+        The trackers get its numbers, those in lists (one per head) and in dicts (one per tensor) as `name/key`.
+        """
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        for key, values in metrics.items():
-            if isinstance(values, list):
-                numbers |= {f"{key}/{index}": value for index, value in enumerate(values)}
+        numbers = dict(_numbers(metrics))
         self.accelerator.log(numbers, step=numbers.pop("step"))
+
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, so that a checkpoint never knows of more than the file."""
+        if self.path.exists():
+            sync(self.path)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in metrics.items():
+        if isinstance(value, int | float):
+            yield key, value
+        elif isinstance(value, dict | list):
+            nested = dict(enumerate(value)) if isinstance(value, list) else value
+            yield from (
+                (f"{key}/{name}", number) for name, number in nested.items() if isinstance(number, int | float)
+            )

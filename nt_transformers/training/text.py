@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Training a NeuroTrails LLaMA on text, from configuration to Hub checkpoint."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from ..analysis import EnsembleScores, score_language_model
+from ..analysis import EnsembleScores, ModelCost, language_model_cost, score_language_model
 from ..data import (
     TextDataConfig,
     check_vocab_size,
@@ -23,9 +24,15 @@ from ..data import (
     validation_sequences,
 )
 from ..models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from .config import TrainingConfig, check
-from .export import export_checkpoint
+from ..sparsity import SparsitySummary, planned_nonzeros
+from ..validation import check, check_types
+from .config import TrainingConfig
+from .engine import accelerated
+from .export import export_checkpoint, model_card
+from .hub import create_hub_repository, push_run
 from .loop import Batch, Position, TrainingLoop
+from .plan import Hardware, Plan, plan_training
+from .state import unsharded, whole_weights
 
 
 @dataclass(kw_only=True)
@@ -63,16 +70,41 @@ class LlamaArguments:
     initializer_range: float = 0.02
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        # Mistakes show before tokenizer and text are loaded.
+        self._config(vocab_size=1 if self.vocab_size is None else self.vocab_size)
+
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """A new network for the tokenizer's vocabulary, drawn from torch's global generator."""
-        shape = asdict(self)
-        if shape["num_head_layers"] is None:
-            shape["num_head_layers"] = shape["num_hidden_layers"]
-        if shape["vocab_size"] is None:
-            shape["vocab_size"] = len(tokenizer)
-        check_vocab_size(tokenizer, shape["vocab_size"])
+        vocab_size = len(tokenizer) if self.vocab_size is None else self.vocab_size
+        check_vocab_size(tokenizer, vocab_size)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**shape, **special))
+        return NeuroTrailsLlamaForCausalLM(self._config(vocab_size=vocab_size, **special))
+
+    def outline(self, tokenizer: str) -> NeuroTrailsLlamaConfig:
+        """The network's configuration; the tokenizer (folder or hub id) is read only where it gives the vocabulary."""
+        return self._config(vocab_size=len(load_tokenizer(tokenizer)) if self.vocab_size is None else self.vocab_size)
+
+    def _config(self, **fields: Any) -> NeuroTrailsLlamaConfig:
+        layers = self.num_hidden_layers if self.num_head_layers is None else self.num_head_layers
+        try:
+            return NeuroTrailsLlamaConfig(**asdict(self) | {"num_head_layers": layers} | fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {error}") from error
+
+
+# What a dense LLaMA and the NeuroTrails LLaMA made of it have in common, as far as it decides over size.
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(kw_only=True)
@@ -97,31 +129,50 @@ class PretrainedArguments:
     noise: float = 0.0
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        check(self.from_pretrained != "", "model.from_pretrained", "", "name a folder or a model of the hub")
+        check(self.noise >= 0, "model.noise", self.noise, "give zero or a positive number")
+
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """The checkpoint's network in float32, with the heads asked for; noise is keyed by torch's seed."""
-        try:
-            source = AutoConfig.from_pretrained(self.from_pretrained)
-        except OSError as error:
-            raise ValueError(f"model.from_pretrained={self.from_pretrained!r}: cannot be loaded: {error}") from error
+        source = self._source()
         check_vocab_size(tokenizer, source.vocab_size)
         load: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": self.attn_implementation}
         if isinstance(source, NeuroTrailsLlamaConfig):
             self._check_agreement(source)
             return NeuroTrailsLlamaForCausalLM.from_pretrained(self.from_pretrained, **load)
-        for name in ("num_ensemble_heads", "num_head_layers"):
-            remedy = f"say how the dense checkpoint {self.from_pretrained!r} is to be split"
-            check(getattr(self, name) is not None, f"model.{name}", None, remedy)
-        assert self.num_ensemble_heads is not None
-        assert self.num_head_layers is not None
         return NeuroTrailsLlamaForCausalLM.from_dense(
             self.from_pretrained,
-            self.num_ensemble_heads,
-            self.num_head_layers,
+            *self._split(),
             vote=self.vote or "probs",
             noise=self.noise,
             seed=torch.initial_seed(),
             **load,
         )
+
+    def outline(self, tokenizer: str) -> NeuroTrailsLlamaConfig:
+        """The network's configuration, as far as it decides over size."""
+        source = self._source()
+        if isinstance(source, NeuroTrailsLlamaConfig):
+            return source
+        heads, head_layers = self._split()
+        shape = {name: getattr(source, name) for name in _SHAPE}
+        return NeuroTrailsLlamaConfig(**shape, num_ensemble_heads=heads, num_head_layers=head_layers)
+
+    def _source(self) -> PreTrainedConfig:
+        try:
+            return AutoConfig.from_pretrained(self.from_pretrained)
+        except OSError as error:
+            raise ValueError(f"model.from_pretrained={self.from_pretrained!r}: cannot be loaded: {error}") from error
+
+    def _split(self) -> tuple[int, int]:
+        for name in ("num_ensemble_heads", "num_head_layers"):
+            remedy = f"say how the dense checkpoint {self.from_pretrained!r} is to be split"
+            check(getattr(self, name) is not None, f"model.{name}", None, remedy)
+        assert self.num_ensemble_heads is not None
+        assert self.num_head_layers is not None
+        return self.num_ensemble_heads, self.num_head_layers
 
     def _check_agreement(self, source: NeuroTrailsLlamaConfig) -> None:
         remedy = f"the checkpoint {self.from_pretrained!r} has heads already: leave the field out"
@@ -132,29 +183,85 @@ class PretrainedArguments:
 
 
 @dataclass(kw_only=True)
-class TextTrainingConfig(TrainingConfig):
+class LanguageModelTrainingConfig(TrainingConfig):
+    """What all training on text is told, whatever the network starts from.
+
+    Args:
+        model: Where the network comes from.
+        data: Where the text comes from and how it becomes sequences of tokens.
+        activation_checkpointing: Layers that keep nothing but their input for the backward pass and run twice: those
+            of the `heads`, `all`, or `none`.
+        headwise_backward: Compute each head's gradients before the next head runs, so that the activations of the
+            backbone and of one head are alive at a time. Not with FSDP2.
+        compile: Compile the decoder layers by `torch.compile`: minutes at the start for faster steps.
+    """
+
+    model: LlamaArguments | PretrainedArguments
+    data: TextDataConfig
+    activation_checkpointing: Literal["none", "heads", "all"] = "none"
+    headwise_backward: bool = False
+    compile: bool = False
+
+    def prepare(self, network: NeuroTrailsLlamaForCausalLM) -> None:
+        """Sets the network up as these options say."""
+        if self.activation_checkpointing != "none":
+            network.activation_checkpointing_enable(heads_only=self.activation_checkpointing == "heads")
+        if self.compile:
+            # Layer by layer, since equal layers share what is compiled.
+            for module in network.modules():
+                if isinstance(module, LlamaDecoderLayer):
+                    module.compile()
+
+    def loss(self, model: nn.Module, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss (scalar) of a training step and each head's own, [heads]."""
+        output = model(**inputs, skip_logits=True, headwise_backward=self.headwise_backward, use_cache=False)
+        return output.loss, output.head_losses
+
+    def plan(self, hardware: Hardware) -> Plan:
+        """What training as configured would take, memory as without `compile`."""
+        with torch.device("meta"):
+            network = NeuroTrailsLlamaForCausalLM(self.model.outline(self.data.tokenizer)).train()
+        replace(self, compile=False).prepare(network)
+        shape = (self.per_device_batch_size, self.data.sequence_length)
+
+        def step(network: nn.Module) -> torch.Tensor:
+            batch = torch.zeros(shape, dtype=torch.long)
+            return self.loss(network, input_ids=batch, labels=batch)[0]
+
+        recomputed = {"none": (), "heads": ("model.heads.",), "all": ("model.heads.", "model.layers.")}
+        return plan_training(
+            self,
+            hardware,
+            network,
+            step,
+            language_model_cost(network, shape[1], planned_nonzeros(network, self.sparsity)),
+            items_per_example=shape[1],
+            recomputed=lambda name: name.startswith(recomputed[self.activation_checkpointing]),
+        )
+
+
+@dataclass(kw_only=True)
+class TextTrainingConfig(LanguageModelTrainingConfig):
     """Training of a NeuroTrails LLaMA on text.
 
     Args:
         model: Shape of the network.
-        data: Where the text comes from and how it becomes sequences of tokens.
     """
 
     model: LlamaArguments
-    data: TextDataConfig
 
 
 @dataclass(kw_only=True)
-class ContinuedTextTrainingConfig(TrainingConfig):
+class ContinuedTextTrainingConfig(LanguageModelTrainingConfig):
     """Training that starts from a checkpoint, dense or NeuroTrails.
 
     Args:
         model: The checkpoint, and the heads that a dense one gets.
-        data: Where the text comes from and how it becomes sequences of tokens.
+        license: Licence of the trained weights, for the model card: mostly the checkpoint's.
     """
 
     model: PretrainedArguments
-    data: TextDataConfig
+    license: str = "other"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,6 +277,12 @@ class TextTask:
     """
 
     def __init__(self, config: TextTrainingConfig | ContinuedTextTrainingConfig, accelerator: Accelerator) -> None:
+        check(
+            not (config.headwise_backward and accelerator.is_fsdp2),
+            "headwise_backward",
+            True,
+            "FSDP2 gathers weights for one backward pass; use activation_checkpointing: heads, or DDP",
+        )
         self.config = config
         self.accelerator = accelerator
         self.tokenizer = load_tokenizer(config.data.tokenizer)
@@ -182,7 +295,9 @@ class TextTask:
             config.data.num_workers,
         )
         set_seed(config.seed)
-        self.model: nn.Module = config.model.build(self.tokenizer)
+        network = config.model.build(self.tokenizer)
+        config.prepare(network)
+        self.model: nn.Module = network
 
     def batches(self, position: Position | None) -> Iterator[Batch]:
         if position is not None:
@@ -193,18 +308,14 @@ class TextTask:
         return int((batch["labels"][:, 1:] != -100).sum())
 
     def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = model(**batch, num_items_in_batch=num_items, skip_logits=True, use_cache=False)
-        return output.loss, output.head_losses
+        return self.config.loss(model, **batch, num_items_in_batch=num_items)
 
     def evaluate(self) -> dict[str, Any]:
         network = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
             local = score_language_model(network, self.validation)
-        tokens = torch.tensor(local.tokens, device=self.accelerator.device)
-        scores = EnsembleScores(
-            self.accelerator.reduce(local.sums, "sum"), int(self.accelerator.reduce(tokens, "sum"))
-        )
-        return scores.figures(network.config.vote)
+        scores = EnsembleScores(self.accelerator.reduce(local.sums, "sum"))
+        return scores.language_figures(network.config.vote)
 
 
 def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfig) -> dict[str, Any]:
@@ -215,37 +326,52 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
 
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+        Interrupted, NonFiniteError, CheckpointError: see `TrainingLoop.run`.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed_precision={accelerator.mixed_precision!r}: sparse training is supported in float32 (no) and bf16"
-        )
-    task = TextTask(config, accelerator)
-    loop = TrainingLoop(config, task, accelerator)
-    if config.report_to:
-        run_name = config.run_name or Path(config.output_dir).name
-        accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
-    loop.run()
-    accelerator.end_training()
-    network = accelerator.unwrap_model(loop.model)
-    topology = loop.sparsifier.summary()
-    summary = {
-        "steps": loop.step,
-        "tokens": loop.items,
-        "parameters": network.num_parameters(),
-        "active_parameters": network.num_parameters() - (topology.numel - topology.nonzeros),
-        "density": topology.density,
-        "explored": topology.explored,
-        **loop.last_evaluation,
-        "config": config.identity(),
-    }
-    if accelerator.is_main_process:
-        export_checkpoint(Path(config.output_dir), network, task.tokenizer, summary)
-        (Path(config.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    accelerator.wait_for_everyone()
+    with accelerated(config) as accelerator:
+        task = TextTask(config, accelerator)
+        repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
+        loop = TrainingLoop(config, task, accelerator)
+        if config.report_to:
+            run_name = config.run_name or Path(config.output_dir).name
+            accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
+        loop.run()
+        weights = whole_weights(loop.network, accelerator)
+        parameters = loop.network.num_parameters()
+        topology = loop.sparsifier.summary()
+        cost = _cost(config, loop.network, topology)
+        training_flops = cost.training(config.sparsity.dense_gradient_interval)
+        # Padding is computed as well.
+        positions = loop.step * config.global_batch_size * config.data.sequence_length
+        summary = {
+            "steps": loop.step,
+            "tokens": loop.items,
+            "parameters": parameters,
+            "active_parameters": parameters - (topology.numel - topology.nonzeros),
+            "density": topology.density,
+            "explored": topology.explored,
+            "forward_flops_per_token": cost.forward,
+            "training_flops_per_token": training_flops,
+            # While gmp prunes, its cost changes from step to step.
+            "training_flops": None if config.sparsity.method == "gmp" else training_flops * positions,
+            **loop.last_evaluation,
+            "config": config.identity(),
+        }
+        if accelerator.is_main_process:
+            network = unsharded(loop.network, weights)
+            output_dir = Path(config.output_dir)
+            card = model_card(repository or output_dir.resolve().name, config.license, network, summary)
+            export_checkpoint(output_dir, network, task.tokenizer, card, summary)
+            if repository is not None:
+                push_run(output_dir, repository)
     return summary
+
+
+def _cost(
+    config: TextTrainingConfig | ContinuedTextTrainingConfig, network: Any, topology: SparsitySummary
+) -> ModelCost:
+    # The network itself may be sharded over processes.
+    with torch.device("meta"):
+        whole = NeuroTrailsLlamaForCausalLM(network.config)
+    nonzeros = {name: tensor.nonzeros for name, tensor in topology.tensors.items()}
+    return language_model_cost(whole, config.data.sequence_length, nonzeros)

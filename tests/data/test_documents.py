@@ -122,6 +122,73 @@ def test_bad_record_is_named_by_file_and_line(tmp_path: Path, bad: str | bytes) 
         list(load_documents(str(tmp_path), streaming=True))
 
 
+BAD_LINES: list[str | bytes] = [
+    '{"text": "x',
+    '{"content": "x"}',
+    b'{"text": "\xff"}',
+    '{"text": 3}',
+    r'{"text": "\ud800"}',
+    "[]",
+    "[" * 100_000,
+    '{"text": ' + "1" * 5000 + "}",
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_skipping_leaves_a_gap_for_every_bad_record_and_names_it(
+    tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [*json_lines(TEXTS), *BAD_LINES, *json_lines(TEXTS)]
+    file = write_lines(tmp_path / "a.json.gz", lines)
+    for number, bad in enumerate(BAD_LINES, start=len(TEXTS) + 1):
+        alone = write_lines(tmp_path / "alone.jsonl", [*json_lines(TEXTS), bad])
+        with pytest.raises(ValueError, match=r"alone\.jsonl, line 4"):
+            list(load_documents(str(alone), streaming=streaming))
+        assert f"{file}, line {number}" not in caplog.text
+    documents = load_documents(str(file), streaming=streaming, on_bad_record="skip")
+    assert texts_of(documents) == [*TEXTS, *[None] * len(BAD_LINES), *TEXTS]
+    for number in range(len(TEXTS) + 1, len(TEXTS) + len(BAD_LINES) + 1):
+        assert f"skipping: data: {file}, line {number}" in caplog.text
+
+
+@pytest.mark.parametrize("ending", [".json.gz", ".parquet", ".arrow"])
+def test_skipping_passes_over_the_rest_of_a_damaged_shard(tmp_path: Path, ending: str) -> None:
+    write_texts(tmp_path / f"a{ending}")
+    broken = write_texts(tmp_path / f"b{ending}")
+    broken.write_bytes(broken.read_bytes()[:-30])
+    write_texts(tmp_path / f"c{ending}")
+    read = texts_of(load_documents(str(tmp_path), on_bad_record="skip"))
+    assert read[: len(TEXTS)] == read[-len(TEXTS) :] == TEXTS
+    assert read[len(TEXTS) : -len(TEXTS)].count(None) == 1
+
+
+def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", ["{", "["])
+    with pytest.raises(ValueError, match="is empty: its 1 files hold no document"):
+        load_documents(str(tmp_path), on_bad_record="skip")
+
+
+def test_an_arrow_stream_cut_between_two_batches_is_damaged(tmp_path: Path) -> None:
+    file = write_texts(tmp_path / "a.arrow")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"a\.arrow is damaged after row 0 .*the end of the stream is missing"):
+        load_documents(str(file))
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_a_table_of_wrongly_encoded_text_is_damaged(tmp_path: Path, ending: str) -> None:
+    binary = pa.array([b"fine", b"\xe9t\xe9"])
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 2, binary.buffers())})
+    file = tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(ValueError, match=rf"a\{ending} is damaged after row 0 .*UTF"):
+        load_documents(str(file))
+
+
 def test_truncated_gzip_is_named(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.json.gz", [json.dumps({"text": os.urandom(40).hex()}) for _ in range(1000)])
     file.write_bytes(file.read_bytes()[:-9])
@@ -156,7 +223,9 @@ def test_mixed_formats(tmp_path: Path) -> None:
     assert texts_of(load_documents(f"{tmp_path}/*.parquet")) == TEXTS
 
 
-@pytest.mark.parametrize("source", ["/nowhere/c4", "./nowhere/*.json.gz", "nowhere.parquet"])
+@pytest.mark.parametrize(
+    "source", ["/nowhere/c4", "./nowhere/*.json.gz", "nowhere.parquet", "~nowhere/c4", f"/nowhere/{'x' * 300}"]
+)
 def test_no_such_path(source: str) -> None:
     with pytest.raises(ValueError, match="no files to read at .*nowhere"):
         load_documents(source)
@@ -204,6 +273,7 @@ def test_training_documents_are_never_taken_for_validation(corpus_dir: Path) -> 
         ("sequence_length", 1),
         ("eval_tokens", 0),
         ("num_workers", 2),
+        ("on_bad_record", "ignore"),
     ],
 )
 def test_bad_config(field: str, value: object) -> None:

@@ -250,6 +250,32 @@ def test_documents_begin_and_end_as_the_tokenizer_says(small: datasets.Dataset, 
     assert tokenizer.decode(row[1:-1]) == small[0]["text"]
 
 
+@PACKING
+@STREAMING
+def test_damaged_records_are_passed_over_counted_and_resumed(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, packing: bool, streaming: bool
+) -> None:
+    texts = [f"document {number} of the corpus" for number in range(12)]
+    bad = {0, 5, 6, 11}
+    lines = ["{" if number in bad else json.dumps({"text": text}) for number, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    documents = load_documents(str(tmp_path), streaming=streaming, on_bad_record="skip")
+
+    def stream(**options: object) -> TokenSequences:
+        defaults = {"sequence_length": LENGTH, "batch_size": 1, "packing": packing}
+        return TokenSequences(documents, tokenizer, **(defaults | options))
+
+    kept = [text for number, text in enumerate(texts) if number not in bad]
+    assert rows(take(stream(training=False))) == reference(kept, tokenizer, packing)
+    whole = take(stream(), 20)
+    epochs = [batch["position"]["epoch"] for batch in whole]
+    counts = [batch["position"]["skipped_records"] for batch in whole]
+    assert counts == sorted(counts)
+    assert counts[epochs.index(2)] >= len(bad) * 2
+    for done in (1, 4, 9):
+        assert same(take(stream(position=whole[done - 1]["position"]), 20 - done), whole[done:])
+
+
 @pytest.mark.parametrize("texts", [[], ["", "  "], [None]])
 @pytest.mark.parametrize("training", [True, False])
 def test_corpus_without_text(tokenizer: PreTrainedTokenizerBase, texts: list[str | None], training: bool) -> None:

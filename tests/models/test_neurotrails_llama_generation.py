@@ -1,106 +1,80 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""Cached generation equals uncached generation, whatever the heads and the padding."""
+"""Generation by a NeuroTrails LLaMA, whatever its heads, and by stock LLaMA, which has to pass the same tests."""
+
+import itertools
 
 import pytest
 import torch
-from transformers import DynamicCache
+from generation import GenerationTests, SlowGenerationTests
 
 
-STRUCTURES = [(1, 2), (3, 0), (3, 2), (3, 4), (1, 4)]
-HEAD_CHOICES = [3, 1, [1], [2, 0]]
+class NeuroTrailsLlama:
+    """The model, out of `request.param`: ensemble heads, layers in a head, the heads that are active."""
+
+    @pytest.fixture
+    def model(self, request, make_model):
+        heads, head_layers, active = request.param
+        model = make_model(num_ensemble_heads=heads, num_head_layers=head_layers).double()
+        model.active_heads = active
+        return model
+
+    @pytest.fixture
+    def num_slots(self, model):
+        return model.config.num_hidden_layers + (len(model.active_heads) - 1) * model.config.num_head_layers
+
+    @pytest.fixture
+    def assistant(self, make_dense):
+        return make_dense(num_hidden_layers=2).double()
 
 
-def greedy_by_hand(model, tokens, attention_mask, steps):
-    """New tokens [batch, steps] and their logits [batch, steps, vocab], the whole text run again for every token."""
-    all_logits = []
-    for _ in range(steps):
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits[:, -1]
-        all_logits.append(logits)
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(tokens), 1)], 1)
-    return tokens[:, -steps:], torch.stack(all_logits, 1)
+class StockLlama:
+    @pytest.fixture
+    def model(self, make_dense):
+        return make_dense().double()
+
+    @pytest.fixture
+    def assistant(self, make_model):
+        return make_model().double()
 
 
-def check_generation(model, tokens, attention_mask, **kwargs):
-    # In float32 the order of summation alone, which differs from processor to processor, can exceed the tolerance.
-    model = model.double()
-    with torch.no_grad():
-        expected_tokens, expected_logits = greedy_by_hand(model, tokens, attention_mask, 5)
-    out = model.generate(
-        tokens,
-        attention_mask=attention_mask,
-        max_new_tokens=5,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **kwargs,
-    )
-    assert torch.equal(out.sequences[:, -5:], expected_tokens)
-    torch.testing.assert_close(torch.stack(out.logits, 1), expected_logits.float(), rtol=1e-5, atol=1e-5)
+STRUCTURES = [(1, 2, 1), (3, 0, 3), (3, 2, 3), (3, 2, [1]), (3, 4, [2, 0])]
 
 
-@pytest.fixture
-def left_padded(tokens):
-    attention_mask = torch.ones_like(tokens)
-    attention_mask[0, :4] = 0
-    return tokens.masked_fill(attention_mask == 0, 0), attention_mask
+@pytest.mark.parametrize("model", STRUCTURES, ids=str, indirect=True)
+class TestNeuroTrailsLlama(NeuroTrailsLlama, GenerationTests):
+    pass
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize(("heads", "head_layers"), STRUCTURES)
-def test_generation_with_left_padding(make_model, left_padded, heads, head_layers, use_cache):
-    model = make_model(num_ensemble_heads=heads, num_head_layers=head_layers)
-    check_generation(model, *left_padded, use_cache=use_cache)
+@pytest.mark.parametrize("model", [(3, 2, [2, 0])], ids=str, indirect=True)
+class TestNeuroTrailsLlamaSlowly(NeuroTrailsLlama, SlowGenerationTests):
+    pass
 
 
-@pytest.mark.parametrize("choice", HEAD_CHOICES)
-@pytest.mark.parametrize("head_layers", [0, 2, 4])
-def test_generation_with_some_of_the_heads(make_model, left_padded, head_layers, choice):
-    model = make_model(num_head_layers=head_layers)
-    model.active_heads = choice
-    check_generation(model, *left_padded)
+class TestStockLlama(StockLlama, GenerationTests):
+    pass
 
 
-@pytest.mark.parametrize("choice", HEAD_CHOICES)
-@pytest.mark.parametrize("head_layers", [2, 4])
-def test_generation_with_a_static_cache(make_model, left_padded, head_layers, choice):
-    model = make_model(num_head_layers=head_layers)
-    model.active_heads = choice
-    check_generation(model, *left_padded, cache_implementation="static", disable_compile=True)
+class TestStockLlamaSlowly(StockLlama, SlowGenerationTests):
+    pass
 
 
-@pytest.mark.parametrize("head_layers", [0, 2, 4])
-def test_left_padding_does_not_change_a_text(make_model, left_padded, head_layers):
-    model = make_model(num_head_layers=head_layers)
-    padded, attention_mask = left_padded
-    kwargs = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    together = model.generate(padded, attention_mask=attention_mask, **kwargs)
-    alone = model.generate(padded[:1, 4:], attention_mask=attention_mask[:1, 4:], **kwargs)
-    assert torch.equal(together.sequences[:1, 4:], alone.sequences)
-    for with_padding, without in zip(together.logits, alone.logits, strict=True):
-        torch.testing.assert_close(with_padding[:1], without, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("head_layers", range(5))
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_cached_equals_uncached_for_every_choice_of_heads(make_model, tokens, heads, head_layers):
+    model = make_model(num_ensemble_heads=heads, num_head_layers=head_layers).double()
+    choices = [list(c) for size in range(1, heads + 1) for c in itertools.permutations(range(heads), size)]
+    for choice in choices:
+        model.active_heads = choice
+        cache = model(tokens[:, :6], use_cache=True).past_key_values
+        cached = model(tokens[:, 6:], past_key_values=cache).logits
+        torch.testing.assert_close(cached, model(tokens, use_cache=False).logits[:, 6:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("heads", "head_layers"), STRUCTURES)
-def test_prompt_in_pieces_through_the_cache(make_model, tokens, heads, head_layers):
-    model = make_model(num_ensemble_heads=heads, num_head_layers=head_layers)
-    whole = model(tokens).logits
-    cache = DynamicCache(config=model.config)
-    pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in tokens.split([4, 1, 5], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
-    assert cache.get_seq_length() == 10
-    assert len(cache.layers) == 4 - head_layers + heads * head_layers
-    assert all(layer.get_seq_length() == 10 for layer in cache.layers)
-
-
-@pytest.mark.parametrize("head_layers", [0, 2, 4])
-def test_every_earlier_token_counts(make_model, tokens, head_layers):
-    model = make_model(num_head_layers=head_layers)
-    cache = model(tokens[:, :-1], use_cache=True).past_key_values
-    cached = model(tokens[:, -1:], past_key_values=cache).logits[:, -1]
-    for position in range(9):
-        changed = tokens.clone()
-        changed[:, position] = changed[:, position] % 60 + 1
-        other = model(changed[:, :-1], use_cache=True).past_key_values
-        assert (model(changed[:, -1:], past_key_values=other).logits[:, -1] - cached).abs().max() > 1e-4
+def test_from_embeddings(make_model, tokens):
+    model = make_model().double()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    embeds = model.get_input_embeddings()(tokens)
+    from_tokens = model.generate(tokens, **options)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options), from_tokens[:, 10:])
+    static = model.generate(inputs_embeds=embeds, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, from_tokens[:, 10:])

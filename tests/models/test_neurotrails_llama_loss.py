@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nt_transformers.models.neurotrails_llama.modeling_neurotrails_llama import fused_causal_lm_losses
+from nt_transformers.models.neurotrails_llama.loss_neurotrails_llama import (
+    NeuroTrailsLlamaOutputLayer,
+    fused_causal_lm_losses,
+)
 
 
 @pytest.fixture
@@ -116,14 +119,27 @@ def test_frozen_weights_get_no_gradient(make_model, tokens, labels, frozen):
 def test_loss_of_many_chunks_equals_the_loss_in_one_piece():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 3, 700, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+    output_layer = NeuroTrailsLlamaOutputLayer(8, 50, bias=False)
+    weight = output_layer.weight
     labels = torch.randint(50, (3, 700), generator=generator)
-    fused = fused_causal_lm_losses(hidden, [weight], labels)
+    fused = fused_causal_lm_losses(hidden, [output_layer], labels)
     plain = F.cross_entropy((hidden[0, :, :-1] @ weight.T).flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(fused[0], plain)
     expected = torch.autograd.grad(3 * plain, [hidden, weight])
     for actual, reference in zip(torch.autograd.grad(3 * fused[0], [hidden, weight]), expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("change", ["resized", "replaced"])
+def test_lean_path_after_the_output_layers_have_changed(make_model, tokens, labels, change):
+    model = make_model()
+    if change == "resized":
+        model.resize_token_embeddings(70, mean_resizing=False)
+    else:
+        model.set_output_embeddings(torch.nn.Linear(32, 61, bias=False))
+    assert_same_gradients(
+        gradients(model, tokens, labels=labels), gradients(model, tokens, labels=labels, skip_logits=True), rtol=1e-5
+    )
 
 
 def test_a_second_backward_pass_is_refused_rather_than_wrong(make_model, tokens):

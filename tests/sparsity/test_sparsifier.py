@@ -25,6 +25,7 @@ from sparse_training import (
 from torch import nn
 from torch.optim import SGD, Adam
 
+from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_transformers.sparsity import Sparsifier, SparsityConfig
 
 
@@ -233,7 +234,7 @@ def test_channels_last_gives_the_same_masks() -> None:
 
 
 class TiedLanguageModel(nn.Module):
-    """Embedding, two heads of which the first is tied to the embedding, and `get_output_embeddings`."""
+    """Embedding, two heads of which the first is tied to the embedding, and `get_output_layers`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,8 +243,8 @@ class TiedLanguageModel(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(6, 12, bias=False) for _ in range(2))
         self.heads[0].weight = self.embed.weight
 
-    def get_output_embeddings(self) -> nn.ModuleList:
-        return self.heads
+    def get_output_layers(self) -> list[nn.Module]:
+        return list(self.heads)
 
 
 def test_tied_weights_are_masked_once_under_their_first_name() -> None:
@@ -259,6 +260,18 @@ def test_dense_embeddings_spares_embeddings_and_all_output_layers() -> None:
     assert list(sparsifier.masks) == ["mix.weight"]
     assert (model.embed.weight != 0).all()
     assert (model.heads[1].weight != 0).all()
+
+
+@pytest.mark.parametrize("head_layers", [1, 2])
+def test_dense_embeddings_spares_those_of_every_ensemble_head(head_layers: int) -> None:
+    shape = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    ensemble = NeuroTrailsLlamaForCausalLM(
+        NeuroTrailsLlamaConfig(**shape, num_attention_heads=2, num_ensemble_heads=3, num_head_layers=head_layers)
+    )
+    for model in (ensemble, ensemble.extract_head(0)):
+        sparsifier = Sparsifier(model, frozen_sgd(model), make_config("rigl", dense_embeddings=True), total_steps=9)
+        assert sparsifier.masks
+        assert not [name for name in sparsifier.masks if "lm_head" in name or "embed" in name]
 
 
 @pytest.mark.parametrize("pattern", ["heads.*", "*.1.weight", "heads.[0-9].weight"])

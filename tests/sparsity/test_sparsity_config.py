@@ -73,7 +73,7 @@ def test_method_alone_turns_a_run_into_its_baseline() -> None:
     ],
 )
 def test_a_bad_value_is_named_with_its_field(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{field}=.* in SparsityConfig: \w+"):
+    with pytest.raises(ValueError, match=rf"sparsity\.{field}=.*: \w+"):
         SparsityConfig(**{field: value})
 
 

@@ -5,8 +5,6 @@ import copy
 import json
 import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from launching import launch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,6 +32,7 @@ from nt_transformers.training import SparsifierCallback
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "finetune_trainer.py"
+TWO_PROCESSES = Path(__file__).parent / "scripts" / "trainer_run.py"
 SPARSITY = {"method": "rigl", "density": 0.5, "update_interval": 2, "stop_fraction": 1.0}
 
 
@@ -223,7 +223,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("engine", "message"),
         [
-            ({"distributed_type": DistributedType.DEEPSPEED}, "distributed_type=DEEPSPEED.*leave the engine out"),
+            ({"distributed_type": DistributedType.DEEPSPEED}, "distributed_type=DEEPSPEED.*use DDP"),
             ({"distributed_type": DistributedType.FSDP}, "distributed_type=FSDP.*leave the engine out"),
             ({"mixed_precision": "fp16"}, "mixed_precision='fp16'.*bf16"),
         ],
@@ -283,41 +283,10 @@ def test_the_recipe_fine_tunes_a_sparse_checkpoint(
         assert sum(int(p.count_nonzero()) for p in matrices) <= 0.5 * sum(p.numel() for p in matrices)
 
 
-TWO_PROCESSES = """
-import sys
-import torch
-from transformers import Trainer, TrainingArguments
-from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_transformers.sparsity import SparsityConfig
-from nt_transformers.training import SparsifierCallback
-folder, batch_size, processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-torch.manual_seed(0)
-shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-config = NeuroTrailsLlamaConfig(vocab_size=50, **shape, num_ensemble_heads=2, num_head_layers=1)
-rows = torch.randint(50, (64, 12))
-callback = SparsifierCallback(SparsityConfig(density=0.5, update_interval=2, stop_fraction=1.0))
-arguments = TrainingArguments(
-    folder, max_steps=8, save_strategy="no", per_device_train_batch_size=batch_size, use_cpu=True, report_to="none",
-    learning_rate=1e-2, max_grad_norm=0.0, optim="sgd", disable_tqdm=True, dataloader_pin_memory=False,
-)
-data = [{"input_ids": row, "labels": row} for row in rows]
-trainer = Trainer(NeuroTrailsLlamaForCausalLM(config), arguments, train_dataset=data, callbacks=[callback])
-trainer.train()
-assert arguments.world_size == processes
-torch.save(callback.sparsifier.state_dict()["masks"], f"{folder}_{arguments.process_index}.pt")
-# Gloo's threads abort the process if the interpreter ends first.
-trainer.accelerator.end_training()
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_choose_the_masks_of_one(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(TWO_PROCESSES)
     for processes in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        script = ["train.py", f"of_{processes}", str(8 // processes), str(processes)]
-        run = subprocess.run([*launch, *script], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
+        launch(processes, TWO_PROCESSES, tmp_path / f"of_{processes}", 8 // processes)
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("of_1_0", "of_2_0", "of_2_1"))
     for masks in two:
         torch.testing.assert_close(masks, one, rtol=0, atol=0)

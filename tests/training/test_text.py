@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nt_transformers.analysis import count_nonzeros, language_model_cost
 from nt_transformers.training import TextTrainingConfig, train_language_model
 from nt_transformers.training.metrics import TIMING_FIELDS
 
@@ -71,6 +72,13 @@ def test_a_run_leaves_a_checkpoint_that_loads(run_config: RunConfig) -> None:
         assert f"| {value:.2f} |" in card
 
 
+def test_a_run_that_saves_memory_trains_the_same_network(run_config: RunConfig, tmp_path: Path) -> None:
+    plain = train_language_model(run_config())
+    options: dict[str, Any] = {"activation_checkpointing": "heads", "headwise_backward": True}
+    lean = train_language_model(run_config(output_dir=str(tmp_path / "lean"), **options))
+    assert lean["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)
+
+
 def test_metrics_hold_what_the_design_names(run_config: RunConfig) -> None:
     config = run_config()
     train_language_model(config)
@@ -84,7 +92,25 @@ def test_metrics_hold_what_the_design_names(run_config: RunConfig) -> None:
         assert line["density"] == 0.5
         assert 0.5 <= line["explored"] <= 1
         assert line["tokens"] > 0
-    assert all(line["eval_tokens"] == 300 for line in evaluation)
+    for line in evaluation:
+        assert line["eval_tokens"] == 300
+        assert line["eval_loss"] < sum(line["eval_loss_heads"]) / 2
+        assert 0 < line["eval_disagreement"] < 1
+        assert line["density"] == 0.5
+        assert line["explored"] > 0.5
+        assert 0 < line["mask_overlap"] < 1
+        # The distribution of Erdos and Renyi spares the small matrices.
+        densities = line["layer_density"]
+        assert densities["model.layers.0.self_attn.q_proj.weight"] > densities["lm_heads.0.weight"] > 0
+
+
+def test_the_summary_holds_what_training_cost(run_config: RunConfig) -> None:
+    config = run_config(sparsity={"method": "static"}, max_steps=2)
+    summary = train_language_model(config)
+    model = AutoModelForCausalLM.from_pretrained(config.output_dir)
+    cost = language_model_cost(model, 16, count_nonzeros(model))
+    assert summary["forward_flops_per_token"] == cost.forward < cost.dense_forward
+    assert summary["training_flops"] == cost.training() * 2 * 8 * 16  # steps, sequences, tokens
 
 
 @pytest.mark.parametrize(
@@ -196,15 +222,25 @@ class TestBadInput:
         (tmp_path / "shard.jsonl").write_text("")
         self.fails(run_config(data={"train": str(tmp_path), "validation": str(tmp_path)}), "empty")
 
-    def test_shape(self, run_config: RunConfig) -> None:
-        self.fails(run_config(model={"num_head_layers": 3}), "num_head_layers=3")
-        self.fails(run_config(model={"num_ensemble_heads": 0}), "num_ensemble_heads=0")
+    @pytest.mark.parametrize("shape", [{"num_head_layers": 3}, {"num_ensemble_heads": 0}, {"hidden_size": "wide"}])
+    def test_shape(self, run_config: RunConfig, shape: dict[str, Any]) -> None:
+        name, value = next(iter(shape.items()))
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            run_config(model=shape)
+
+    @pytest.mark.parametrize("name", ["file/run", "x" * 300])
+    def test_output_dir(self, run_config: RunConfig, tmp_path: Path, name: str) -> None:
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=r"output_dir=.*: it cannot be made \("):
+            train_language_model(run_config(output_dir=str(tmp_path / name)))
 
     def test_batch(self, run_config: RunConfig) -> None:
         self.fails(run_config(global_batch_size=6), "global_batch_size=6")
 
     def test_missing_checkpoint(self, run_config: RunConfig, tmp_path: Path) -> None:
-        self.fails(run_config(resume_from_checkpoint=str(tmp_path / "nowhere")), "nowhere cannot be resumed")
+        for name in ("nowhere", "x" * 300):
+            config = run_config(resume_from_checkpoint=str(tmp_path / name))
+            self.fails(config, f"{name}.*cannot be resumed: there is no such folder")
 
 
 def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
@@ -215,6 +251,18 @@ def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
         train_language_model(config)
     assert (Path(config.output_dir) / "metrics.jsonl").read_bytes() == before
     train_language_model(run_config(max_steps=2, overwrite_output_dir=True))
+
+
+def test_a_checkpoint_of_elsewhere_does_not_write_over_a_run(run_config: RunConfig, tmp_path: Path) -> None:
+    config = run_config(max_steps=4)
+    train_language_model(config)
+    other = run_config(max_steps=4, output_dir=str(tmp_path / "other"))
+    checkpoint = str(Path(config.output_dir) / "checkpoints" / "step_2")
+    train_language_model(other)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_language_model(run_config(output_dir=other.output_dir, max_steps=4, resume_from_checkpoint=checkpoint))
+    fresh = run_config(output_dir=str(tmp_path / "fresh"), max_steps=4, resume_from_checkpoint=checkpoint)
+    assert train_language_model(fresh)["steps"] == 4
 
 
 def test_resuming_another_configuration_names_the_fields(run_config: RunConfig) -> None:

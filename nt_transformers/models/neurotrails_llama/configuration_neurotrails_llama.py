@@ -3,8 +3,32 @@
 
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+_LARGEST_SIZE = 2**31 - 1
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "num_ensemble_heads",
+)
+
+
+def _shown(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:
+        return "an integer of thousands of digits"
 
 
 @strict
@@ -23,7 +47,9 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         vote: how the heads become one prediction: "probs" averages their probabilities, "logits" their logits.
 
     Raises:
-        StrictDataclassError: a field is out of its range; it wraps the ValueError that names the remedy.
+        ValueError: a size, a number of heads or layers, or the vote is out of its range.
+        StrictDataclassError: another field of `LlamaConfig` is, or any field has the wrong type; it names the field
+            and the value.
     """
 
     model_type = "neurotrails_llama"
@@ -43,9 +69,11 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
             "AutoModel": "modeling_neurotrails_llama.NeuroTrailsLlamaModel",
             "AutoModelForCausalLM": "modeling_neurotrails_llama.NeuroTrailsLlamaForCausalLM",
         }
-        super().__post_init__(**{"auto_map": auto_map, **kwargs})
-        # `strict` runs this again and wraps what it raises; users catch ValueError.
+        # `strict` runs these again and wraps what they raise; users catch ValueError. LLaMA divides by some sizes.
+        self.validate_sizes()
+        self.validate_values()
         self.validate_ensemble()
+        super().__post_init__(**{"auto_map": auto_map, **kwargs})
 
     @property
     def num_backbone_layers(self) -> int:
@@ -53,22 +81,80 @@ class NeuroTrailsLlamaConfig(LlamaConfig):
         return self.num_hidden_layers - self.num_head_layers
 
     @property
+    def num_decoder_layers(self) -> int:
+        """Decoder layers that are built: the backbone's and those of every head."""
+        return self.num_backbone_layers + self.num_ensemble_heads * self.num_head_layers
+
+    @property
     def per_layer_config(self) -> list["NeuroTrailsLlamaConfig"]:
         """One entry for each decoder layer that is built; caches take their number of slots from its length."""
-        return [self] * (self.num_backbone_layers + self.num_ensemble_heads * self.num_head_layers)
+        return [self] * self.num_decoder_layers
 
     @per_layer_config.setter
     def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
         if value is not None:
             raise ValueError(f"per_layer_config={value!r}: all layers of this model are alike; leave the field out.")
 
+    @property
+    def layer_types(self) -> list[str]:
+        """The attention of each layer that is built; continuous batching sizes its cache by it."""
+        return ["full_attention"] * self.num_decoder_layers
+
+    def validate_layer_type(self) -> None:
+        """Nothing to check: `layer_types` follows from the other fields, and is longer than `num_hidden_layers`."""
+
+    def validate_sizes(self) -> None:
+        """Layers of these sizes can be built; raises `ValueError` if not."""
+        for name in _SIZES:
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= _LARGEST_SIZE:
+                raise ValueError(f"{name}={_shown(value)}: give a whole number from 1 to {_LARGEST_SIZE}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: make it a multiple of num_attention_heads="
+                f"{self.num_attention_heads}."
+            )
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads}: choose a divisor of num_attention_heads="
+                f"{self.num_attention_heads}."
+            )
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim % 2:
+            raise ValueError(
+                f"head_dim={head_dim}: rotary positions take an even number; head_dim is hidden_size / "
+                "num_attention_heads unless given."
+            )
+
+    def validate_values(self) -> None:
+        """Layers can be built and run with the other settings; raises `ValueError` if not."""
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={_shown(self.pad_token_id)}: choose a token below vocab_size={self.vocab_size}, or "
+                "leave it out."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r}: choose one of {', '.join(sorted(ACT2FN))}.")
+        for name in ("rms_norm_eps", "initializer_range", "attention_dropout"):
+            value = getattr(self, name)
+            if value is None or not 0 <= value <= 1:
+                raise ValueError(f"{name}={_shown(value)}: give a number from 0 to 1.")
+        dtype = getattr(torch, self.dtype, "") if isinstance(self.dtype, str) else self.dtype
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype={_shown(self.dtype)}: name a type of torch, such as 'float32' or 'bfloat16'.")
+        rope: Any = self.rope_parameters or {}
+        rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1)
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            choices = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
+            raise ValueError(f"rope_parameters={_shown(rope)}: choose a rope_type from {choices}.")
+        if not isinstance(theta, int | float) or not 0 < theta < 1e30:
+            raise ValueError(f"rope_parameters={_shown(rope)}: give a positive number for rope_theta.")
+
     def validate_ensemble(self) -> None:
         """The heads, their depth and their vote make sense; raises `ValueError` if not."""
-        if self.num_ensemble_heads < 1:
-            raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: use 1 head (the single network) or more.")
         if not 0 <= self.num_head_layers <= self.num_hidden_layers:
             raise ValueError(
-                f"num_head_layers={self.num_head_layers}: a head takes 0 to num_hidden_layers="
+                f"num_head_layers={_shown(self.num_head_layers)}: a head takes 0 to num_hidden_layers="
                 f"{self.num_hidden_layers} of the decoder layers; lower it or raise num_hidden_layers."
             )
         if self.vote not in ("probs", "logits"):

@@ -4,7 +4,8 @@
 - The whole family by config: single network (M = 1), TreeNet, full ensemble (no backbone, M embeddings).
 - The vote is returned as logits: a later softmax gives the mean probability, so generation needs no change.
 - `from_dense` upcycles a stock LLaMA, `extract_head` goes back.
-- `skip_logits=True` trains without ever holding [batch, seq, vocab]: output layer and cross-entropy are fused.
+- `skip_logits=True` trains without ever holding [batch, seq, vocab]: output layer and cross-entropy are fused;
+  `headwise_backward=True` holds the activations of the backbone and one head at a time.
 - A file that travels with a checkpoint: it imports torch, transformers and its configuration only.
 """
 
@@ -14,13 +15,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask
@@ -28,20 +29,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_neurotrails_llama import NeuroTrailsLlamaConfig
-
-
-# Each chunk of the fused loss passes over the whole weight gradient; fewer tokens would make that pass dominate.
-_TOKENS_PER_CHUNK = 512
+from .loss_neurotrails_llama import NeuroTrailsLlamaOutputLayer, fused_causal_lm_losses, headwise_loss
 
 
 @dataclass
@@ -69,87 +68,7 @@ class NeuroTrailsCausalLMOutputWithPast(CausalLMOutputWithPast):
     head_logits: torch.Tensor | None = None
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a linear layer without bias, summed over tokens, holding one chunk of logits at a time.
-
-    Takes hidden states [tokens, hidden], weight [vocab, hidden] and targets [tokens]; returns a float32 scalar. The
-    forward pass also computes the gradients, in the chunk's own buffer; the backward pass scales them. Like a linear
-    layer it multiplies in the autocast dtype; softmax, loss and weight gradient are float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
-    ) -> torch.Tensor:
-        device = hidden_states.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        matrix = weight.to(dtype)
-        grad_hidden = torch.empty_like(hidden_states) if needs_grad and ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if needs_grad and ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
-        loss = torch.zeros((), dtype=torch.float32, device=device)
-
-        for start in range(0, len(targets), _TOKENS_PER_CHUNK):
-            chunk = slice(start, start + _TOKENS_PER_CHUNK)
-            hidden, target = hidden_states[chunk].to(dtype), targets[chunk, None]
-            log_probs = torch.log_softmax(hidden @ matrix.T, -1, dtype=torch.float32)
-            loss -= log_probs.gather(1, target).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad_logits = log_probs.exp_().scatter_add_(1, target, log_probs.new_full(target.shape, -1.0)).to(dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits @ matrix
-            if grad_weight is not None and grad_weight.dtype == dtype:
-                grad_weight.addmm_(grad_logits.T, hidden)
-            elif grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden
-
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place: the weight gradient is as large as the output layer.
-        grad_hidden, grad_weight = (None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
-
-
-def fused_causal_lm_losses(
-    hidden_states: Sequence[torch.Tensor] | torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """transformers' causal LM loss of every head's linear output layer, without the logits.
-
-    Args:
-        hidden_states: [batch, seq, hidden] for each head.
-        weights: [vocab, hidden] for each head.
-        labels: [batch, seq]; position t is scored with label t + 1, unless `shift_labels` are given.
-        num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
-
-    Returns:
-        [heads], in nats, float32.
-    """
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    targets = shift_labels.flatten().to(hidden_states[0].device)
-    positions = (targets != ignore_index).nonzero().squeeze(1)
-    targets = targets[positions]
-    sums = [
-        _LinearCrossEntropy.apply(hidden.flatten(0, 1)[positions], weight, targets, torch.is_grad_enabled())
-        for hidden, weight in zip(hidden_states, weights, strict=True)
-    ]
-    return torch.stack(sums) / (len(targets) if num_items_in_batch is None else num_items_in_batch)
-
-
-def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
+def count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> torch.Tensor:
     """The running vote, in float32, with one more head's logits [..., vocab]; heads need not be alive together."""
     if vote == "probs":
         log_probs = torch.log_softmax(logits, -1, dtype=torch.float32)
@@ -157,7 +76,7 @@ def _count_vote(tally: torch.Tensor | None, logits: torch.Tensor, vote: str) -> 
     return logits.float() if tally is None else tally + logits
 
 
-def _close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
+def close_vote(tally: torch.Tensor, num_votes: int, vote: str) -> torch.Tensor:
     """The log of the mean probability, or the mean logits, [..., vocab]."""
     return tally - math.log(num_votes) if vote == "probs" else tally / num_votes
 
@@ -200,15 +119,21 @@ class NeuroTrailsLlamaHead(nn.Module):
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer_idx=0) for _ in range(config.num_head_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """[batch, seq, hidden] to the same shape, normed."""
-        return self.norm(_run_layers(self.layers, hidden_states, **kwargs))
+    def forward(self, hidden_states: torch.Tensor, depth: int, **kwargs: Any) -> torch.Tensor:
+        """[batch, seq, hidden] to the same shape: the first `depth` layers and the norm."""
+        return self.norm(_run_layers(self.layers[:depth], hidden_states, **kwargs))
 
 
 class NeuroTrailsLlamaPreTrainedModel(LlamaPreTrainedModel):
-    """Names the configuration class to transformers."""
+    """Tells transformers the configuration class and how many layers there are to record."""
 
     config: NeuroTrailsLlamaConfig
+    # What engines keep on one device or shard as one unit.
+    _no_split_modules = ["LlamaDecoderLayer", "NeuroTrailsLlamaOutputLayer"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(LlamaDecoderLayer, num_hidden_layers_key="num_decoder_layers"),
+        "attentions": LlamaAttention,
+    }
 
 
 class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
@@ -257,7 +182,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         return [cast(NeuroTrailsLlamaHead, self.heads[m]) for m in self._active_heads]
 
     def _embedding_owners(self) -> list[Any]:
-        return [self] if self.config.num_backbone_layers > 0 else list(self.heads)
+        return [self] if len(self.layers) > 0 else list(self.heads)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embeddings; without a backbone those of the first head."""
@@ -279,7 +204,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -287,7 +212,7 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NeuroTrailsModelOutputWithPast:
         """As `LlamaModel.forward`, for the backbone and every active head.
 
@@ -298,12 +223,40 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
         """
+        stems, head_kwargs = self.run_backbone(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
+        outputs = [head(stem, **head_kwargs) for head, stem in zip(self._running_heads(), stems, strict=True)]
+        # A device map may place the heads on different devices.
+        head_hidden_states = torch.stack([output.to(stems[0].device) for output in outputs])
+        return NeuroTrailsModelOutputWithPast(
+            last_hidden_state=head_hidden_states.mean(0),
+            past_key_values=head_kwargs["past_key_values"],
+            head_hidden_states=head_hidden_states,
+        )
+
+    def run_backbone(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """Everything before the heads; arguments as for `forward`.
+
+        Returns:
+            The hidden states [batch, seq, hidden] that each active head starts from, the same where there is a
+            backbone, and what every head is called with besides.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds: give exactly one of the two.")
         heads = self._running_heads()
         if inputs_embeds is not None:
             embeds = [inputs_embeds]
-        elif self.config.num_backbone_layers > 0:
+        elif len(self.layers) > 0:
             embeds = [self.embed_tokens(input_ids)]
         else:
             embeds = [head.embed_tokens(input_ids) for head in heads]
@@ -314,6 +267,9 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(embeds[0].shape[1], device=embeds[0].device) + past_length
             position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
+        if isinstance(attention_mask, dict):
+            # Compiled generation makes a mask for each kind of layer, and here is one kind.
+            (attention_mask,) = attention_mask.values()
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=embeds[0],
@@ -329,15 +285,12 @@ class NeuroTrailsLlamaModel(NeuroTrailsLlamaPreTrainedModel):
             "use_cache": use_cache,
             **kwargs,
         }
+        # Fewer layers than were built while assisted generation drafts by early exit.
+        depth = self.config.num_hidden_layers
         # One stem for all heads, or one for each where nothing is shared.
-        stems = [_run_layers(self.layers, embed, **layer_kwargs) for embed in embeds]
+        stems = [_run_layers(self.layers[:depth], embed, **layer_kwargs) for embed in embeds]
         stems *= len(heads) // len(stems)
-        head_hidden_states = torch.stack([head(stem, **layer_kwargs) for head, stem in zip(heads, stems, strict=True)])
-        return NeuroTrailsModelOutputWithPast(
-            last_hidden_state=head_hidden_states.mean(0),
-            past_key_values=past_key_values,
-            head_hidden_states=head_hidden_states,
-        )
+        return stems, {"depth": max(depth - len(self.layers), 0), **layer_kwargs}
 
 
 class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMixin):
@@ -349,7 +302,8 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         super().__init__(config)
         self.model = NeuroTrailsLlamaModel(config)
         self.lm_heads = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(config.num_ensemble_heads)
+            NeuroTrailsLlamaOutputLayer(config.hidden_size, config.vocab_size, bias=False)
+            for _ in range(config.num_ensemble_heads)
         )
         self.post_init()
 
@@ -458,6 +412,13 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
     def active_heads(self, value: int | Sequence[int]) -> None:
         self.model.active_heads = value
 
+    def activation_checkpointing_enable(self, *args: Any, heads_only: bool = False, **kwargs: Any) -> None:
+        """As in transformers, for all decoder layers or, with `heads_only`, for those of the heads."""
+        super().activation_checkpointing_enable(*args, **kwargs)
+        if heads_only:
+            for layer in self.model.layers:
+                cast(LlamaDecoderLayer, layer).gradient_checkpointing = False
+
     def get_input_embeddings(self) -> nn.Embedding:
         """See `NeuroTrailsLlamaModel.get_input_embeddings`."""
         return self.model.get_input_embeddings()
@@ -470,6 +431,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         """The output layer of the first head."""
         return self.lm_heads[0]
 
+    def get_output_layers(self) -> list[nn.Module]:
+        """The output layer of every head."""
+        return list(self.lm_heads)
+
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replaces every head's output layer: the first head takes the module itself, the others copies."""
         for m in range(len(self.lm_heads)):
@@ -479,14 +444,15 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         embeddings = self.model._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        for m, lm_head in enumerate(self.lm_heads):
-            old = cast(nn.Linear, lm_head)
-            new = self._get_resized_lm_head(old, embeddings.num_embeddings, mean_resizing=mean_resizing)
-            self.lm_heads[m] = new.requires_grad_(old.weight.requires_grad)
+        for module in self.lm_heads:
+            lm_head = cast(nn.Linear, module)
+            new = self._get_resized_lm_head(lm_head, embeddings.num_embeddings, mean_resizing=mean_resizing)
+            lm_head.weight = new.weight.requires_grad_(lm_head.weight.requires_grad)
+            lm_head.out_features = new.out_features
         return embeddings
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # position_ids, also named in TransformersKwargs
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -498,7 +464,8 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         output_head_logits: bool = False,
         skip_logits: bool = False,
-        **kwargs: Any,
+        headwise_backward: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NeuroTrailsCausalLMOutputWithPast:
         """As `LlamaForCausalLM.forward`, with the vote in `logits`.
 
@@ -506,29 +473,39 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             labels: [batch, seq]; the loss is the mean over active heads of each head's own cross-entropy.
             output_head_logits: also return every active head's logits.
             skip_logits: return losses but no logits, which saves time and memory in training.
+            headwise_backward: with `skip_logits`, compute each head's gradients right after its own forward pass, so
+                that no two heads' activations are alive together; `loss.backward()` computes the backbone's, once, and
+                delivers all of them. Not for sharded weights (FSDP).
 
         Raises:
-            ValueError: `skip_logits` without `labels`, or with an option that asks for logits.
+            ValueError: `skip_logits` without `labels`, or with an option that asks for logits; `headwise_backward`
+                without `skip_logits`.
         """
         if skip_logits and labels is None:
             raise ValueError("skip_logits=True: without logits only the loss is left, so give labels too.")
         if skip_logits and (output_head_logits or not isinstance(logits_to_keep, int) or logits_to_keep):
             raise ValueError("skip_logits=True: drop output_head_logits and logits_to_keep, they ask for logits.")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+        if headwise_backward and not skip_logits:
+            raise ValueError("headwise_backward=True: the heads' logits are not kept, so give skip_logits=True too.")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
             **kwargs,
-        )
+        }
+        if headwise_backward:
+            assert labels is not None
+            losses = self._headwise_losses(inputs, labels, **kwargs)
+            return NeuroTrailsCausalLMOutputWithPast(loss=losses.mean(), head_losses=losses)
+        outputs = self.model(**inputs)
         lm_heads = [cast(nn.Linear, self.lm_heads[m]) for m in self.active_heads]
         logits = head_logits = head_losses = None
         if skip_logits:
             assert labels is not None
-            weights = [lm_head.weight for lm_head in lm_heads]
-            head_losses = fused_causal_lm_losses(outputs.head_hidden_states, weights, labels, **kwargs)
+            head_losses = fused_causal_lm_losses(outputs.head_hidden_states, lm_heads, labels, **kwargs)
         else:
             hidden_states = [slice_logits_to_keep(hidden, logits_to_keep) for hidden in outputs.head_hidden_states]
             logits, head_logits, head_losses = self._vote(
@@ -544,6 +521,32 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
             head_logits=head_logits,
         )
 
+    def _headwise_losses(self, inputs: dict[str, Any], labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """[active heads] losses, each head being differentiated before the next one runs."""
+        stems, head_kwargs = self.model.run_backbone(**inputs)
+        losses = []
+        for m, stem in zip(self.active_heads, stems, strict=True):
+            head, lm_head = self.model.heads[m], self.lm_heads[m]
+
+            def head_loss(
+                hidden_states: torch.Tensor, head: nn.Module = head, lm_head: nn.Module = lm_head
+            ) -> torch.Tensor:
+                hidden_states = head(hidden_states, **head_kwargs)
+                return fused_causal_lm_losses([hidden_states], [lm_head], labels, **kwargs)[0]
+
+            losses.append(headwise_loss(head_loss, stem, [*head.parameters(), *lm_head.parameters()]))
+        return torch.stack(losses)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, QuantizedCache):
+            # Of all caches this one counts num_hidden_layers.
+            missing = self.config.num_decoder_layers - len(cache.layers)
+            cache.layers.extend(copy.deepcopy(cache.layers[0]) for _ in range(missing))
+
     def _vote(
         self,
         lm_heads: list[nn.Linear],
@@ -556,7 +559,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         head_logits, losses = [], []
         tally = None
         for lm_head, hidden in zip(lm_heads, hidden_states, strict=True):
-            logits = lm_head(hidden)
+            logits = lm_head(hidden).to(hidden.device)
             if keep_head_logits:
                 head_logits.append(logits)
             if labels is not None:
@@ -564,9 +567,9 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
                     self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 )
             if len(lm_heads) > 1:
-                tally = _count_vote(tally, logits, self.config.vote)
+                tally = count_vote(tally, logits, self.config.vote)
         if tally is not None:
-            logits = _close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
+            logits = close_vote(tally, len(lm_heads), self.config.vote).to(logits.dtype)
         return logits, torch.stack(head_logits) if head_logits else None, torch.stack(losses) if losses else None
 
 
@@ -577,5 +580,6 @@ __all__ = [
     "NeuroTrailsLlamaModel",
     "NeuroTrailsLlamaPreTrainedModel",
     "NeuroTrailsModelOutputWithPast",
-    "fused_causal_lm_losses",
+    "close_vote",
+    "count_vote",
 ]

@@ -1,0 +1,176 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Runs a study: tuning first, then the grids, a few processes at a time.
+
+Notable:
+- What is finished is what left a `result.json` in its folder. A study that was stopped, however rudely, goes on with
+  what is missing; a run that was under way continues from its last checkpoint.
+- A run that breaks is reported, in the results too, and the others go on. The next start tries it again.
+- `results.jsonl` is written anew after every run, from the results of the present grids only: one JSON object a line.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .config import StudyConfig
+from .plan import TUNING, Run, StudyPlan, plan_table
+
+
+Row = dict[str, Any]
+
+WORKER = [sys.executable, "-m", "nt_transformers.study.worker"]
+# How many characters of a broken run's output the results repeat.
+ERROR_CHARACTERS = 2000
+
+
+def run_study(config: StudyConfig) -> list[Row]:
+    """Does what is missing of the study and returns its rows, as in `results.jsonl`.
+
+    Raises:
+        ValueError: the configuration is unusable, or another process is at work in `output_dir`.
+    """
+    plan = StudyPlan(config)
+    tuning = plan.tuning_runs()
+    if config.plan:
+        rates = dict.fromkeys(config.methods, config.learning_rates[0])
+        print(plan_table([*tuning, *plan.main_runs(rates)]))
+        return []
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _write(folder / "study.json", json.dumps(asdict(config), indent=2))
+        if tuning:
+            _execute(tuning, config, [])
+        rates = _choose_learning_rates(config, tuning)
+        runs = plan.main_runs(rates)
+        _execute(runs, config, tuning)
+        return _write_results(folder, [*tuning, *runs])
+
+
+def _choose_learning_rates(config: StudyConfig, tuning: Sequence[Run]) -> dict[str, float]:
+    """The learning rate of each method with the lowest validation loss; methods whose runs all broke have none."""
+    if not tuning:
+        return dict.fromkeys(config.methods, config.learning_rates[0])
+    losses: dict[str, dict[float, float]] = {}
+    for run in tuning:
+        row = _row(run)
+        if row is not None and row["status"] == "finished":
+            assert run.spec.learning_rate is not None
+            losses.setdefault(run.spec.method, {})[run.spec.learning_rate] = row["eval_loss"]
+    rates = {method: min(tried, key=tried.__getitem__) for method, tried in losses.items()}
+    for method, rate in rates.items():
+        edge = rate in (min(config.learning_rates), max(config.learning_rates))
+        print(f"{method}: learning rate {rate:g}" + (", at the edge of those tried: try more" if edge else ""))
+    return rates
+
+
+def _execute(runs: Sequence[Run], config: StudyConfig, before: Sequence[Run]) -> None:
+    """Does the runs that have no result, `config.processes` at a time."""
+    waiting = [run for run in runs if not (run.folder / "result.json").exists()]
+    for run in waiting:
+        (run.folder / "failure.json").unlink(missing_ok=True)
+    print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
+    running: list[tuple[Run, subprocess.Popen[bytes]]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < config.processes:
+                run = waiting.pop(0)
+                running.append((run, _start(run, config)))
+            time.sleep(0.2)
+            done = [started for started in running if started[1].poll() is not None]
+            running = [started for started in running if started not in done]
+            for started in done:
+                _finish(*started)
+            if done:
+                _write_results(Path(config.output_dir), [*before, *runs])
+    finally:
+        for _, process in running:
+            process.kill()
+            process.communicate()
+
+
+def _start(run: Run, config: StudyConfig) -> subprocess.Popen[bytes]:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    test = None if run.spec.budget == TUNING else config.test
+    description = {"row": _identity(run), "training": asdict(run.training), "test": test}
+    _write(run.folder / "run.json", json.dumps(description, indent=2))
+    threads = str(max((os.cpu_count() or 1) // config.processes, 1))
+    with (run.folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [*WORKER, str(run.folder)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+
+def _finish(run: Run, process: subprocess.Popen[bytes]) -> None:
+    process.communicate()  # closes its standard input
+    if process.returncode == 0:
+        row = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
+        loss = row.get("test_perplexity", row["eval_perplexity"])
+        print(f"finished {run.name}: perplexity {loss:.2f} after {row['seconds']:.0f} s", flush=True)
+        return
+    error = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-ERROR_CHARACTERS:]
+    failure = {**_identity(run), "status": "failed", "exit_code": process.returncode, "error": error}
+    _write(run.folder / "failure.json", json.dumps(failure))
+    last = (error.strip().splitlines() or ["no output"])[-1]
+    print(f"FAILED {run.name}, exit code {process.returncode}: {last} (see {run.folder / 'log.txt'})", flush=True)
+
+
+def _identity(run: Run) -> Row:
+    """The columns by which rows are told apart, with the values in effect."""
+    training = run.training
+    layers = training.model.num_head_layers
+    return {
+        "run": run.name,
+        "method": run.spec.method,
+        "budget": run.spec.budget,
+        "seed": run.spec.seed,
+        "density": training.sparsity.density,
+        "num_ensemble_heads": training.model.num_ensemble_heads,
+        "num_head_layers": training.model.num_hidden_layers if layers is None else layers,
+        "num_hidden_layers": training.model.num_hidden_layers,
+        "hidden_size": training.model.hidden_size,
+        "sparsity_method": training.sparsity.method,
+        "learning_rate": training.learning_rate,
+    }
+
+
+def _row(run: Run) -> Row | None:
+    for name in ("result.json", "failure.json"):
+        if (run.folder / name).exists():
+            return json.loads((run.folder / name).read_text(encoding="utf-8"))
+    return None
+
+
+def _write_results(folder: Path, runs: Sequence[Run]) -> list[Row]:
+    rows = [row for row in map(_row, runs) if row is not None]
+    _write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    """The file as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir={str(folder)!r}: another process runs this study; wait or stop it") from None
+        yield

@@ -1,0 +1,27 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Compares methods on text: a grid of training runs, their learning rates tuned, their test documents touched once.
+
+python -m nt_transformers.data.prepare --output data/study --vocab-size 2048
+python recipes/study.py --config recipes/configs/study_text.yaml            # --plan true shows the runs and their cost
+python -m nt_transformers.report runs/study_text --output report.html
+
+The same command continues a study that was stopped. Any field can be given again as --field value.
+"""
+
+from nt_transformers.study import StudyConfig, run_study
+from nt_transformers.training import run_recipe
+
+
+def main() -> None:
+    run_recipe(StudyConfig, run, __doc__)
+
+
+def run(config: StudyConfig) -> None:
+    rows = run_study(config)
+    broken = [row["run"] for row in rows if row["status"] == "failed"]
+    if broken:
+        raise SystemExit(f"{len(broken)} of {len(rows)} runs broke: {', '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""A study of toy networks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nt_transformers.study import StudyConfig
+from nt_transformers.training import build_config
+
+
+@pytest.fixture
+def study_config(tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path) -> Callable[..., StudyConfig]:
+    """Makes the configuration of a small study; arguments override fields."""
+
+    def make(**fields: Any) -> StudyConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "study"),
+            "test": str(corpus_dir / "test"),
+            "flops_reference": "ensemble",
+            "learning_rates": [1e-2],
+            "training": {
+                "max_steps": 6,
+                "global_batch_size": 4,
+                "per_device_batch_size": 4,
+                "logging_steps": 2,
+                "eval_steps": 3,
+                "checkpoint_steps": 2,
+                "model": {
+                    "hidden_size": 16,
+                    "intermediate_size": 24,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_ensemble_heads": 2,
+                    "num_head_layers": 1,
+                },
+                "sparsity": {"density": 0.8, "update_interval": 2, "stop_fraction": 1.0},
+                "data": {
+                    "train": str(corpus_dir),
+                    "tokenizer": str(tokenizer_dir),
+                    "sequence_length": 16,
+                    "eval_tokens": 300,
+                    "num_workers": 0,
+                },
+            },
+            "methods": {
+                "single": {"model": {"num_ensemble_heads": 1}, "sparsity": {"method": "dense"}},
+                "ensemble": {"model": {"num_head_layers": None}, "sparsity": {"method": "dense"}},
+                "set": {"sparsity": {"method": "set"}},
+            },
+            "grids": [{"method": ["single", "ensemble", "set"]}],
+        }
+        return build_config(StudyConfig, {**defaults, **fields})
+
+    return make
