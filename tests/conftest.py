@@ -80,3 +80,22 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([make_document(rng) for _ in range(200)], 320).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in ImageNet's layout: `train/` and `val/`, classes `n01`, `n02` and `n03` told apart by their brightness,
+    12 and 4 images each of 40 to 60 pixels a side."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("images")
+    for split, size in {"train": 12, "val": 4}.items():
+        for label, name in enumerate(("n01", "n02", "n03")):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(size):
+                height, width = rng.integers(40, 61, 2)
+                pixels = rng.integers(80 * label, 80 * label + 60, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number:02d}.png")
+    return folder

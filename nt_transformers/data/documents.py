@@ -87,7 +87,7 @@ class TextDataConfig:
         if split == "validation":
             if self.validation is not None:
                 source = self.validation
-            elif _is_local(source) and not os.path.isdir(os.path.join(os.path.expanduser(source), split)):
+            elif is_local(source) and not os.path.isdir(os.path.join(os.path.expanduser(source), split)):
                 raise ValueError(
                     f"data.validation is not set and data.train = {source!r} has no folder {split!r}: "
                     "set data.validation to the held-out documents."
@@ -128,7 +128,7 @@ def load_documents(
         ValueError: nothing to read at `source`, shards of several formats, a corpus without documents; unless they
             are to be skipped, a record or shard that is damaged or without `text_column` (with file and line).
     """
-    if not _is_local(source):
+    if not is_local(source):
         return _load_hub(source, name, split, text_column, streaming is not False)
     paths = _find_shards(source, split)
     filled = [_has_documents(path, text_column, on_bad_record) for path in paths]
@@ -151,7 +151,7 @@ def load_documents(
     return documents
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
     looks_local = source.startswith((".", "/", "~")) or source.endswith(SHARD_ENDINGS) or glob.has_magic(source)
     return looks_local or os.path.exists(source)
 

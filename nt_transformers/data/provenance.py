@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .documents import _is_local
+from .documents import is_local
 from .sources import describe_sources
 
 
@@ -24,7 +24,7 @@ def text_provenance(source: str, name: str | None = None) -> Provenance:
 
     A corpus that `prepare` built says what it is made of; of other local files only their own name is known.
     """
-    if not _is_local(source):
+    if not is_local(source):
         full_name = f"{source}, configuration {name}" if name else source
         return Provenance(full_name, f"[{full_name}](https://huggingface.co/datasets/{source})", source)
     path = Path(source).expanduser()

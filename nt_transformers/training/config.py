@@ -3,7 +3,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..sparsity import SparsityConfig
 from ..validation import check, check_types
@@ -49,11 +49,16 @@ class TrainingConfig:
         max_steps: Optimizer steps.
         global_batch_size: Examples of one optimizer step, over all processes and accumulation steps.
         per_device_batch_size: Examples of one forward pass on one process; the rest of the global batch accumulates.
-        optimizer: Update rule. `adam` couples weight decay to the gradient, `adamw` does not.
+        optimizer: Update rule. `adam` couples weight decay to the gradient, `adamw` does not; `sgd` has momentum.
         learning_rate: Peak learning rate.
-        lr_schedule: How the learning rate falls after the warm-up.
+        lr_schedule: How the learning rate falls after the warm-up. `multistep` multiplies it by `lr_decay` at each of
+            `lr_milestones`.
         warmup_ratio: Share of the steps over which the learning rate rises from zero.
-        min_lr_ratio: Learning rate at the end, as a share of the peak (`constant` ignores it).
+        min_lr_ratio: Learning rate at the end, as a share of the peak (`constant` and `multistep` ignore it).
+        lr_milestones: Shares of all steps at which `multistep` lowers the learning rate.
+        lr_decay: Factor of `multistep` at each milestone.
+        momentum: Momentum of `sgd`.
+        nesterov: Whether it is Nesterov's.
         adam_beta1: Decay of the first moment.
         adam_beta2: Decay of the second moment.
         adam_epsilon: Term added to the denominator.
@@ -78,16 +83,22 @@ class TrainingConfig:
         hub_private_repo: Whether a new repository is private; null leaves it to the account's settings.
     """
 
+    free_on_resume: ClassVar[frozenset[str]] = FREE_ON_RESUME
+
     output_dir: str
     sparsity: SparsityConfig
     max_steps: int
     global_batch_size: int = 512
     per_device_batch_size: int = 16
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = 1.5e-3
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant", "multistep"] = "cosine"
     warmup_ratio: float = 0.1
     min_lr_ratio: float = 0.1
+    lr_milestones: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    lr_decay: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -124,9 +135,13 @@ class TrainingConfig:
         for name in ("warmup_ratio", "min_lr_ratio"):
             value = getattr(self, name)
             check(0 <= value <= 1, name, value, "give a share between 0 and 1")
-        for name in ("adam_beta1", "adam_beta2"):
+        shares = all(0 < share < 1 for share in self.lr_milestones)
+        check(shares, "lr_milestones", self.lr_milestones, "give shares of training between 0 and 1")
+        check(0 < self.lr_decay < 1, "lr_decay", self.lr_decay, "give a factor between 0 and 1")
+        for name in ("adam_beta1", "adam_beta2", "momentum"):
             value = getattr(self, name)
             check(0 <= value < 1, name, value, "give a number from 0 up to, not including, 1")
+        check(self.momentum > 0 or not self.nesterov, "nesterov", self.nesterov, "needs a momentum above 0")
         check(self.learning_rate > 0, "learning_rate", self.learning_rate, "give a positive number")
         check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "give a positive number")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give zero or a positive number")
@@ -159,7 +174,7 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that a resumed run must share with the one it continues, as `{dotted name: value}`."""
         flat = flatten(dataclasses.asdict(self))
-        return {name: value for name, value in flat.items() if name not in FREE_ON_RESUME}
+        return {name: value for name, value in flat.items() if name not in self.free_on_resume}
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

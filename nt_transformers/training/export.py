@@ -4,16 +4,31 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..data import text_provenance
 from .files import partial_path, sync, write_text
 
 
-CARD_TEMPLATE = """---
+CITATION = """
+## Citation
+
+```bibtex
+@article{grooten2025neurotrails,
+  title={NeuroTrails: Training with Dynamic Sparse Heads as the Key to Effective Ensembling},
+  author={Grooten, Bram and Hasanov, Farid and Zhang, Chenxiang and Xiao, Qiao and Wu, Boqian and Atashgahi, Zahra and
+    Sokar, Ghada and Liu, Shiwei and Yin, Lu and Mocanu, Elena and Pechenizkiy, Mykola and Mocanu, Decebal Constantin},
+  journal={arXiv preprint arXiv:2505.17909},
+  year={2025}
+}
+```
+"""
+
+CARD_TEMPLATE = (
+    """---
 {{ card_data }}
 ---
 
@@ -54,36 +69,32 @@ the first head only; `model(..., output_head_logits=True).head_logits` are every
 ## Licence
 
 Weights: {{ license }}. Modelling code: Apache-2.0. The training texts keep the licences of their sources.
-
-## Citation
-
-```bibtex
-@article{grooten2025neurotrails,
-  title={NeuroTrails: Training with Dynamic Sparse Heads as the Key to Effective Ensembling},
-  author={Grooten, Bram and Hasanov, Farid and Zhang, Chenxiang and Xiao, Qiao and Wu, Boqian and Atashgahi, Zahra and
-    Sokar, Ghada and Liu, Shiwei and Yin, Lu and Mocanu, Elena and Pechenizkiy, Mykola and Mocanu, Decebal Constantin},
-  journal={arXiv preprint arXiv:2505.17909},
-  year={2025}
-}
-```
 """
+    + CITATION
+)
+
+
+class Processor(Protocol):
+    """A tokenizer or an image processor."""
+
+    def save_pretrained(self, save_directory: Path) -> Any: ...
 
 
 def export_checkpoint(
     output_dir: Path,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     card: ModelCard,
     summary: dict[str, Any],
 ) -> None:
-    """Writes weights, configurations, modelling code, tokenizer, model card and `summary.json`.
+    """Writes weights, configurations, modelling code, processor, model card and `summary.json`.
 
     Each file is written whole or not at all, the weights after all they need and `summary.json` last of all.
     """
     partial = partial_path(output_dir / "export")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    processor.save_pretrained(partial)
     card.save(partial / "README.md")
     paths = sorted(partial.iterdir(), key=lambda path: (".safetensors" in path.name, path.suffix == ".json"))
     for path in paths:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -63,12 +63,16 @@ class Task(Protocol):
 
     model: nn.Module
 
+    @property
+    def items(self) -> Literal["tokens", "images"]:
+        """What the loss averages over, as the metrics name it."""
+
     def batches(self, position: Position | None) -> Iterator[Batch]:
         """Endless micro-batches for this process; each holds the model's inputs and `position`, the place in the data
         after it. Given such a `position`, the batches that follow it."""
 
     def count_items(self, batch: Batch) -> int:
-        """How many items (predicted tokens, images) the loss of `batch` averages over."""
+        """How many items the loss of `batch` averages over."""
 
     def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over the items of `batch` divided by `num_items`: the loss (scalar) and each head's own, [heads]."""
@@ -235,18 +239,18 @@ class TrainingLoop:
             "head_losses": losses[1:],
             "learning_rate": learning_rate(self.step, self.config),
             "grad_norm": float(self.grad_norm),
-            "tokens": self.items,
+            self.task.items: self.items,
             "density": self.sparsifier.density,
             "explored": self.sparsifier.explored,
             "skipped_batches": self.guard.skipped,
             **self._skipped_records(),
             "seconds": round(seconds, 3),
-            "tokens_per_second": round((self.items - self.window_items_start) / seconds, 1),
+            f"{self.task.items}_per_second": round((self.items - self.window_items_start) / seconds, 1),
             **self.timer.take_shares(),
         }
         self.metrics.write(metrics)
         self._reset_window()
-        return {"loss": f"{losses[0]:.3f}", "tok/s": f"{metrics['tokens_per_second']:.0f}"}
+        return {"loss": f"{losses[0]:.3f}", f"{self.task.items}/s": f"{metrics[f'{self.task.items}_per_second']:.0f}"}
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
@@ -256,7 +260,7 @@ class TrainingLoop:
             figures = self.task.evaluate()
         self.last_evaluation = {**figures, **topology_figures(self.sparsifier)}
         self.network.train()
-        self.metrics.write({"step": self.step, "tokens": self.items, **self.last_evaluation})
+        self.metrics.write({"step": self.step, self.task.items: self.items, **self.last_evaluation})
         self.window_start += time.perf_counter() - start
 
     def _skipped_records(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from .timing import SHARES
 
 
 # Fields that depend on the clock: all others of a resumed run equal those of an uninterrupted one.
-TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", *SHARES.values()})
+TIMING_FIELDS = frozenset({"seconds", "tokens_per_second", "images_per_second", *SHARES.values()})
 
 
 class MetricsLog:

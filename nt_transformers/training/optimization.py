@@ -10,15 +10,20 @@ from .config import TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over all trainable parameters; weight decay on matrices only."""
+    """The optimizer over all trainable parameters; weight decay on matrices and convolutions only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
+        )
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return optimizer_class(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -29,11 +34,15 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of optimizer step `step` (the first is 1).
 
-    Rises linearly to the peak over the warm-up, then falls to `min_lr_ratio` of it at `max_steps`.
+    Rises linearly to the peak over the warm-up, then falls to `min_lr_ratio` of it at `max_steps`; `multistep` falls
+    by `lr_decay` at each milestone.
     """
     warmup_steps = round(config.warmup_ratio * config.max_steps)
     if step <= warmup_steps:
         return config.learning_rate * step / warmup_steps
+    if config.lr_schedule == "multistep":
+        passed = sum(step > round(share * config.max_steps) for share in config.lr_milestones)
+        return config.learning_rate * config.lr_decay**passed
     progress = (step - warmup_steps) / max(1, config.max_steps - warmup_steps)
     remaining = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),

@@ -30,9 +30,9 @@ from .config import TrainingConfig
 from .engine import accelerated
 from .export import export_checkpoint, model_card
 from .hub import create_hub_repository, push_run
-from .loop import Batch, Position, TrainingLoop
+from .loop import Batch, Position
 from .plan import Hardware, Plan, plan_training
-from .state import unsharded, whole_weights
+from .run import run_training
 
 
 @dataclass(kw_only=True)
@@ -276,6 +276,8 @@ class TextTask:
         ValueError: tokenizer, text or shape of the network are unusable or do not fit together.
     """
 
+    items: Literal["tokens"] = "tokens"
+
     def __init__(self, config: TextTrainingConfig | ContinuedTextTrainingConfig, accelerator: Accelerator) -> None:
         check(
             not (config.headwise_backward and accelerator.is_fsdp2),
@@ -331,34 +333,18 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
     with accelerated(config) as accelerator:
         task = TextTask(config, accelerator)
         repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
-        loop = TrainingLoop(config, task, accelerator)
-        if config.report_to:
-            run_name = config.run_name or Path(config.output_dir).name
-            accelerator.init_trackers(run_name, config={key: str(value) for key, value in config.identity().items()})
-        loop.run()
-        weights = whole_weights(loop.network, accelerator)
-        parameters = loop.network.num_parameters()
-        topology = loop.sparsifier.summary()
-        cost = _cost(config, loop.network, topology)
+        network, topology, summary = run_training(config, task, accelerator)
+        cost = _cost(config, network, topology)
         training_flops = cost.training(config.sparsity.dense_gradient_interval)
         # Padding is computed as well.
-        positions = loop.step * config.global_batch_size * config.data.sequence_length
-        summary = {
-            "steps": loop.step,
-            "tokens": loop.items,
-            "parameters": parameters,
-            "active_parameters": parameters - (topology.numel - topology.nonzeros),
-            "density": topology.density,
-            "explored": topology.explored,
+        positions = summary["steps"] * config.global_batch_size * config.data.sequence_length
+        summary |= {
             "forward_flops_per_token": cost.forward,
             "training_flops_per_token": training_flops,
             # While gmp prunes, its cost changes from step to step.
             "training_flops": None if config.sparsity.method == "gmp" else training_flops * positions,
-            **loop.last_evaluation,
-            "config": config.identity(),
         }
         if accelerator.is_main_process:
-            network = unsharded(loop.network, weights)
             output_dir = Path(config.output_dir)
             card = model_card(repository or output_dir.resolve().name, config.license, network, summary)
             export_checkpoint(output_dir, network, task.tokenizer, card, summary)

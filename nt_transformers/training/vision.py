@@ -1,0 +1,186 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Training a NeuroTrails image classifier, from configuration to Hub checkpoint."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from .. import models  # noqa: F401  (registers them with the Auto classes)
+from ..analysis.classification import score_classifier
+from ..data.image_batches import (
+    EvaluationBatches,
+    TrainingBatches,
+    evaluation_loader,
+    image_processor,
+    training_loader,
+)
+from ..data.images import ImageDataConfig, LabelledImages
+from ..validation import check
+from .config import FREE_ON_RESUME, TrainingConfig
+from .engine import accelerated
+from .export import export_checkpoint
+from .hub import create_hub_repository, push_run
+from .image_card import image_classifier_card
+from .loop import Batch, Position
+from .run import run_training
+
+
+@dataclass(kw_only=True)
+class ClassifierArguments:
+    """Shape of the network. One class of model covers the family: one head is a single network, all blocks in the
+    heads a full ensemble, anything between with `sparsity.method: dense` TreeNet.
+
+    Args:
+        model_type: Which network.
+        num_ensemble_heads: Ensemble heads, M.
+        num_head_blocks: Blocks (of a ViT: layers) of each ensemble head, B; null for all of them: a full ensemble.
+        vote: How the heads' outputs become one prediction: mean of probabilities or mean of logits.
+        shape: Further fields of the network's configuration class, such as `depth` and `widen_factor` of a Wide
+            ResNet. Channels, image size and classes come from the data.
+    """
+
+    model_type: Literal["neurotrails_wide_resnet", "neurotrails_resnet", "neurotrails_vit"]
+    num_ensemble_heads: int = 3
+    num_head_blocks: int | None
+    vote: Literal["probs", "logits"] = "probs"
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, data: ImageDataConfig, class_names: Sequence[str]) -> nn.Module:
+        """A new network for images as `data` prepares them, drawn from torch's global generator.
+
+        Raises:
+            ValueError: a field of `shape` does not exist, or a value is out of its range.
+        """
+        config_class: Any = type(AutoConfig.for_model(self.model_type))
+        known = {entry.name for entry in dataclasses.fields(config_class)}
+        unknown = sorted(set(self.shape) - known)
+        check(not unknown, "model.shape", unknown, f"no fields of {config_class.__name__}")
+        split = "num_head_blocks" if "num_head_blocks" in known else "num_head_layers"
+        fields: dict[str, Any] = {
+            "num_channels": data.num_channels,
+            "num_ensemble_heads": self.num_ensemble_heads,
+            "vote": self.vote,
+            "id2label": dict(enumerate(class_names)),
+            "label2id": {name: number for number, name in enumerate(class_names)},
+            **({"image_size": data.image_size} if "image_size" in known else {}),
+            **self.shape,
+        }
+        blocks = self.num_head_blocks
+        if blocks is None:
+            undivided = config_class(**fields, **{split: 0})
+            blocks = undivided.num_blocks if split == "num_head_blocks" else undivided.num_hidden_layers
+        return AutoModelForImageClassification.from_config(config_class(**fields, **{split: blocks}))
+
+
+@dataclass(kw_only=True)
+class VisionTrainingConfig(TrainingConfig):
+    """Training of a NeuroTrails image classifier.
+
+    Args:
+        model: Shape of the network.
+        data: Where the images come from and how they are prepared.
+        channels_last: Lay images and feature maps out with the channels innermost, which tensor cores and CPUs prefer.
+    """
+
+    # Batch norms and mixup see one forward pass at a time.
+    free_on_resume: ClassVar[frozenset[str]] = FREE_ON_RESUME - {"per_device_batch_size"}
+
+    model: ClassifierArguments
+    data: ImageDataConfig
+    channels_last: bool = False
+
+
+class VisionTask:
+    """A NeuroTrails image classifier and its images, for the training loop.
+
+    It evaluates on images held out of the training set. The test images are loaded with the others, so that a mistake
+    shows before training, and used by `test` only.
+
+    Raises:
+        ValueError: images or shape of the network are unusable or do not fit together.
+    """
+
+    items: Literal["images"] = "images"
+
+    def __init__(self, config: VisionTrainingConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        training, self.validation = config.data.load_train()
+        self.test_images = config.data.load_test(training.class_names)
+        self.training = TrainingBatches(
+            training,
+            config.data,
+            batch_size=config.per_device_batch_size,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        set_seed(config.seed)
+        self.model: nn.Module = config.model.build(config.data, training.class_names)
+        self.model.to(memory_format=self.memory_format)
+
+    def batches(self, position: Position | None) -> Iterator[Batch]:
+        return iter(training_loader(self.training, position, self.config.data.num_workers))
+
+    def count_items(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixel_values = batch["pixel_values"].contiguous(memory_format=self.memory_format)
+        output = model(pixel_values=pixel_values, labels=batch["labels"], num_items_in_batch=num_items)
+        return output.loss, output.head_losses
+
+    def evaluate(self) -> dict[str, Any]:
+        return self._score(self.validation, "eval") if len(self.validation) else {}
+
+    def test(self) -> dict[str, Any]:
+        """Figures on the test images, the same on every process."""
+        return self._score(self.test_images, "test")
+
+    def _score(self, images: LabelledImages, prefix: str) -> dict[str, Any]:
+        batches = EvaluationBatches(
+            images,
+            self.config.data,
+            batch_size=self.config.per_device_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        network = self.accelerator.unwrap_model(self.model).eval()
+        with self.accelerator.autocast():
+            figures = score_classifier(network, evaluation_loader(batches, self.config.data.num_workers))
+        return {f"{prefix}_{name}": value for name, value in figures.items()}
+
+
+def train_image_classifier(config: VisionTrainingConfig) -> dict[str, Any]:
+    """Trains as `config` says and leaves a Hub checkpoint in `config.output_dir`.
+
+    The checkpoint holds the last weights: no figure chooses among those on the way. The test images are used once,
+    after training.
+
+    Returns:
+        The final figures, as in `summary.json`.
+
+    Raises:
+        ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
+    """
+    with accelerated(config) as accelerator:
+        task = VisionTask(config, accelerator)
+        repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
+        network, _, summary = run_training(config, task, accelerator)
+        summary = task.test() | summary
+        if accelerator.is_main_process:
+            output_dir = Path(config.output_dir)
+            card = image_classifier_card(repository or output_dir.resolve().name, config.license, network, summary)
+            export_checkpoint(output_dir, network, image_processor(config.data), card, summary)
+            if repository is not None:
+                push_run(output_dir, repository)
+    return summary

@@ -1,0 +1,250 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Labelled images: the same from every kind of file, mistakes named, validation images never trained or tested on."""
+
+import gzip
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from nt_transformers.data.images import (
+    DamagedImageError,
+    ImageDataConfig,
+    LabelledImages,
+    load_images,
+)
+
+
+SHARED_CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-test.parquet"
+LABELS = [1, 0, 2, 2, 1]
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Five grey images of 28 x 28 pixels."""
+    return np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def table(pixels: np.ndarray, labels: list[Any], names: list[str] | None = None) -> datasets.Dataset:
+    feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features({"picture": datasets.Image(), "kind": feature})
+    rows = {"picture": [{"bytes": encode(image), "path": None} for image in pixels], "kind": labels}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def write_parquet(folder: Path, pixels: np.ndarray) -> str:
+    table(pixels, LABELS, ["a", "b", "c"]).to_parquet(folder / "images.parquet")
+    return str(folder / "images.parquet")
+
+
+def write_parquet_folder(folder: Path, pixels: np.ndarray) -> str:
+    (folder / "hub" / "data").mkdir(parents=True)
+    table(pixels, LABELS, ["a", "b", "c"]).to_parquet(folder / "hub" / "data" / "train-00000-of-00001.parquet")
+    return str(folder / "hub")
+
+
+def write_arrow(folder: Path, pixels: np.ndarray) -> str:
+    table(pixels, LABELS, ["a", "b", "c"]).save_to_disk(folder / "arrow")
+    return str(folder / "arrow" / "*.arrow")
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_idx(folder: Path, pixels: np.ndarray) -> str:
+    (folder / "idx").mkdir()
+    (folder / "idx" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pixels)))
+    (folder / "idx" / "train-labels-idx1-ubyte").write_bytes(idx(np.array(LABELS)))
+    return str(folder / "idx")
+
+
+def write_folder(folder: Path, pixels: np.ndarray) -> str:
+    for number, (image, label) in enumerate(zip(pixels, LABELS, strict=True)):
+        place = folder / "tree" / "train" / "abc"[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    return str(folder / "tree")
+
+
+def load(source: str, split: str = "train") -> LabelledImages:
+    return load_images(source, split, image_column="picture", label_column="kind")
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_parquet_folder, write_arrow, write_idx, write_folder])
+def test_every_form_holds_the_same_images(
+    tmp_path: Path, pixels: np.ndarray, write: Callable[[Path, np.ndarray], str]
+) -> None:
+    images = load(write(tmp_path, pixels))
+    found = sorted((int(label), np.asarray(images.read(i)).tobytes()) for i, label in enumerate(images.labels))
+    assert found == sorted((label, image.tobytes()) for label, image in zip(LABELS, pixels, strict=True))
+    assert images.labels.dtype == np.int64
+    assert images.class_names == (["0", "1", "2"] if write is write_idx else ["a", "b", "c"])
+
+
+def test_tables_take_slices_and_keep_their_classes(tmp_path: Path, pixels: np.ndarray) -> None:
+    images = load(write_parquet(tmp_path, pixels), "train[1:3]")
+    assert images.labels.tolist() == LABELS[1:3]
+    assert images.class_names == ["a", "b", "c"]
+
+
+def test_shared_cifar_loads() -> None:
+    if not SHARED_CIFAR.exists():
+        pytest.skip("CIFAR-10 is not among the project's files; this checks a copy that lies beside some checkouts")
+    images = load_images(str(SHARED_CIFAR), "test[:20]")
+    assert images.read(3).size == (32, 32)
+    assert len(images.class_names) == 10
+
+
+class TestMistakes:
+    def fails(self, source: Path | str, message: str, split: str = "train") -> None:
+        with pytest.raises(ValueError, match=message):
+            load(str(source), split)
+
+    def test_folder_without_classes(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        Image.fromarray(pixels[0]).save(tmp_path / "0.png")
+        self.fails(tmp_path, "no folder of image classes.*one subfolder of images for each class")
+
+    def test_class_without_images(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        source = write_folder(tmp_path, pixels)
+        (Path(source) / "train" / "empty").mkdir()
+        self.fails(source, "empty")
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        self.fails(tmp_path / "*.parquet", "no images at")
+
+    def test_no_such_hub_data_set(self) -> None:
+        self.fails("nobody/nothing", r"cannot load 'nobody/nothing' \(split 'train'\)")
+
+    def test_no_such_split(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        self.fails(write_parquet_folder(tmp_path, pixels), "split 'exam'", "exam")
+
+    def test_no_such_column(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        with pytest.raises(ValueError, match="no column 'image' .*'picture', 'kind'.*set data.image_column"):
+            load_images(write_parquet(tmp_path, pixels))
+
+    @pytest.mark.parametrize("label", [-1, 3])
+    def test_label_out_of_range(self, tmp_path: Path, pixels: np.ndarray, label: int) -> None:
+        rows = table(pixels, [0, 1, 2, label, 0])
+        # Written as plain numbers, then read with the names of three classes, as damaged hub files are.
+        features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b", "c"])})
+        rows = datasets.Dataset(rows.data, info=datasets.DatasetInfo(features=features))
+        rows.to_parquet(tmp_path / "images.parquet")
+        self.fails(tmp_path / "images.parquet", f"image 3 of .* has label {label}, .* among the 3 classes")
+
+    def test_labels_that_are_no_numbers(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+        rows = {"picture": [{"bytes": encode(pixels[0]), "path": None}], "kind": ["cat"]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "images.parquet")
+        self.fails(tmp_path / "images.parquet", "'kind' .* holds no class numbers")
+
+    def test_damaged_table(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        source = Path(write_parquet(tmp_path, pixels))
+        source.write_bytes(source.read_bytes()[:200])
+        self.fails(source, "cannot load .*images.parquet")
+
+    def test_empty_table(self, tmp_path: Path, pixels: np.ndarray) -> None:
+        table(pixels[:0], []).to_parquet(tmp_path / "images.parquet")
+        self.fails(tmp_path / "images.parquet", "cannot load .*no data")
+
+    @pytest.mark.parametrize("damage", ["truncated", "magic", "count"])
+    def test_damaged_idx(self, tmp_path: Path, pixels: np.ndarray, damage: str) -> None:
+        path = Path(write_idx(tmp_path, pixels)) / "train-labels-idx1-ubyte"
+        content = {
+            "truncated": path.read_bytes()[:-1],
+            "magic": b"\x01" + path.read_bytes()[1:],
+            "count": idx(np.array(LABELS[:4])),
+        }[damage]
+        path.write_bytes(content)
+        self.fails(path.parent, "train-labels-idx1-ubyte")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_a_damaged_image_is_named(tmp_path: Path, pixels: np.ndarray, damage: str) -> None:
+    source = Path(write_folder(tmp_path, pixels))
+    path = source / "train" / "b" / "4.png"
+    path.write_bytes({"truncated": path.read_bytes()[:300], "text": b"no image", "empty": b""}[damage])
+    images = load(str(source))
+    index = [images.place(i) for i in range(5)].index(str(path))
+    with pytest.raises(DamagedImageError, match=r"b/4\.png cannot be decoded .*set data.skip_damaged_images"):
+        images.read(index)
+    assert images.read(0).size == (28, 28)
+
+
+def test_an_image_in_a_table_is_named_by_its_row(tmp_path: Path, pixels: np.ndarray) -> None:
+    rows = table(pixels, LABELS).to_dict()
+    rows["picture"][2]["bytes"] = b"no image"
+    features = datasets.Features({"picture": datasets.Image(decode=False), "kind": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "images.parquet")
+    with pytest.raises(DamagedImageError, match=r"image 2 of .*images.parquet"):
+        load(str(tmp_path / "images.parquet")).read(2)
+
+
+def test_validation_images_are_held_out_of_training(image_folder: Path) -> None:
+    def split(seed: int) -> list[list[str]]:
+        config = ImageDataConfig(train=str(image_folder), validation_size=9, validation_seed=seed)
+        return [[images.place(i) for i in range(len(images))] for images in config.load_train()]
+
+    training, validation = split(0)
+    assert len(validation) == 9
+    assert not set(training) & set(validation)
+    assert sorted(training + validation) == sorted(map(str, (image_folder / "train").glob("*/*.png")))
+    assert len({Path(path).parent for path in validation}) == 3, "drawn from all classes, not the first ones"
+    assert split(0) == [training, validation]
+    assert split(1)[1] != validation
+
+
+def test_test_images_are_those_of_the_test_split(image_folder: Path) -> None:
+    config = ImageDataConfig(train=str(image_folder), test_split="val")
+    test = config.load_test(["n01", "n02", "n03"])
+    assert [test.place(i) for i in range(len(test))] == sorted(map(str, (image_folder / "val").glob("*/*.png")))
+
+
+def test_classes_are_matched_by_name(image_folder: Path) -> None:
+    images = load_images(str(image_folder), "val")
+    matched = images.with_classes(["n09", "n03", "n02", "n01"])
+    names = [matched.class_names[label] for label in matched.labels]
+    assert names == [Path(images.place(i)).parent.name for i in range(len(images))]
+    assert np.array_equal(images.with_classes(["x", "y", "z"]).labels, images.labels), "else by their order"
+    with pytest.raises(ValueError, match="3 classes, 'n01' among them, .*4, 'w' among them"):
+        images.with_classes(["w", "x", "y", "z"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train", ""),
+        ("validation_size", -1),
+        ("image_size", 0),
+        ("mean", [0.5, 0.5]),
+        ("std", [0.5]),
+        ("std", [0.5, 0.5, 0.0]),
+        ("crop_padding", -1),
+        ("center_crop", 1.5),
+        ("mixup", -0.1),
+        ("cutmix", float("inf")),
+        ("label_smoothing", 1.0),
+        ("rand_augment", 31),
+        ("num_workers", -1),
+    ],
+)
+def test_bad_values_are_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^data\.{field}="):
+        ImageDataConfig(**{field: value})
+
+
+def test_more_validation_images_than_there_are(image_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.validation_size=36: there are only 36 images"):
+        ImageDataConfig(train=str(image_folder), validation_size=36).load_train()

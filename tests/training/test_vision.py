@@ -1,0 +1,321 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Training on images, end to end on a small folder in ImageNet's layout."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from nt_transformers.data.image_batches import EvaluationBatches
+from nt_transformers.data.images import ImageDataConfig, load_images
+from nt_transformers.sparsity import SparsityConfig
+from nt_transformers.training import parse_arguments
+from nt_transformers.training.metrics import TIMING_FIELDS
+from nt_transformers.training.vision import ClassifierArguments, VisionTrainingConfig, train_image_classifier
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = RECIPES / "configs"
+VARIANTS = sorted(path.stem for path in (CONFIGS / "vision_variants").glob("*.yaml"))
+SIZES = sorted(
+    path.stem for path in CONFIGS.glob("*.yaml") if "neurotrails_vision" in path.read_text(encoding="utf-8")
+)
+NETWORKS = {
+    "wide_resnet": {"depth": 10, "widen_factor": 1},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    "vit": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "patch_size": 8,
+    },
+}
+
+RunConfig = Callable[..., VisionTrainingConfig]
+
+
+@pytest.fixture
+def run_config(tmp_path: Path, image_folder: Path) -> RunConfig:
+    """Makes the configuration of a tiny run; arguments override fields, those of nested parts as dicts."""
+
+    def make(
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        sparsity: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> VisionTrainingConfig:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 8,
+            "global_batch_size": 12,
+            "per_device_batch_size": 6,
+            "optimizer": "sgd",
+            "learning_rate": 0.05,
+            "lr_schedule": "multistep",
+            "weight_decay": 5e-4,
+            "logging_steps": 3,
+            "eval_steps": 4,
+            "checkpoint_steps": 2,
+            "keep_last": 100,
+        }
+        network = {
+            "model_type": "neurotrails_wide_resnet",
+            "num_ensemble_heads": 2,
+            "num_head_blocks": 1,
+            "shape": NETWORKS["wide_resnet"],
+        }
+        images = {
+            "train": str(image_folder),
+            "test_split": "val",
+            "validation_size": 6,
+            "image_size": 16,
+            "crop": "resized",
+            "num_workers": 0,
+        }
+        topology = {"method": "rigl", "density": 0.5, "update_interval": 2, "stop_fraction": 1.0}
+        return VisionTrainingConfig(
+            model=ClassifierArguments(**network | (model or {})),
+            data=ImageDataConfig(**images | (data or {})),
+            sparsity=SparsityConfig(**topology | (sparsity or {})),
+            **defaults | fields,
+        )
+
+    return make
+
+
+def read_metrics(folder: str) -> list[dict[str, Any]]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
+
+
+def test_from_a_folder_in_imagenets_layout_to_a_checkpoint_that_loads(
+    run_config: RunConfig, image_folder: Path
+) -> None:
+    config = run_config(
+        model={"model_type": "neurotrails_resnet", "shape": NETWORKS["resnet"]},
+        max_steps=40,
+        checkpoint_steps=40,
+        learning_rate=0.1,
+        channels_last=True,
+        data={"label_smoothing": 0.1},
+    )
+    summary = train_image_classifier(config)
+    folder = Path(config.output_dir)
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["test_images"] == 12
+    assert summary["test_accuracy"] > 0.8, "classes differ in brightness"
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    last = load_file(folder / "checkpoints" / "step_40" / "model.safetensors")
+    assert all(torch.equal(parameter, last[name]) for name, parameter in model.named_parameters())
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    kept = sum(int(p.count_nonzero()) for p in matrices) / sum(p.numel() for p in matrices)
+    assert kept <= summary["density"] == pytest.approx(0.5, abs=1e-3)
+    assert [model.config.id2label[i] for i in range(3)] == ["n01", "n02", "n03"]
+
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    images = load_images(str(image_folder), "val")
+    ours = EvaluationBatches(images, config.data, batch_size=12)[0]["pixel_values"]
+    theirs = processor([images.read(i) for i in range(12)], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        accuracy = (model(theirs).logits.argmax(-1) == torch.from_numpy(images.labels)).float().mean()
+    assert float(accuracy) == pytest.approx(summary["test_accuracy"])
+
+    card = (folder / "README.md").read_text()
+    for vote in ("probs_vote", "logits_vote"):
+        assert f"| {summary[f'test_accuracy_{vote}']:.2%} | {summary[f'test_nll_{vote}']:.4f} |" in card
+
+
+def test_metrics_name_images_and_evaluate_on_held_out_ones(run_config: RunConfig) -> None:
+    config = run_config()
+    summary = train_image_classifier(config)
+    lines = read_metrics(config.output_dir)
+    training = [line for line in lines if "loss" in line]
+    evaluation = [line for line in lines if "eval_nll" in line]
+    assert [line["images"] for line in training] == [36, 72]
+    assert [line["step"] for line in evaluation] == [4, 8]
+    for line in training:
+        assert line["loss"] == pytest.approx(sum(line["head_losses"]) / 2, rel=1e-5)
+        assert "tokens" not in line
+    for line in evaluation:
+        assert line["eval_images"] == 6
+        assert len(line["eval_accuracy_heads"]) == len(line["eval_ece_heads"]) == 2
+    assert not any(name.startswith("test_") for line in lines for name in line)
+    assert summary["images"] == 96
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "sparsity"),
+    [
+        ("wide_resnet", {"mixup": 0.2, "num_workers": 2}, {"method": "neurotrails_vision"}),
+        ("vit", {"crop": "pad", "rand_augment": 5}, {"method": "set"}),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    run_config: RunConfig, tmp_path: Path, model: str, data: dict[str, Any], sparsity: dict[str, Any]
+) -> None:
+    network = {"model_type": f"neurotrails_{model}", "shape": NETWORKS[model]}
+    whole = run_config(network, data, sparsity)
+    train_image_classifier(whole)
+    resumed = run_config(
+        network, data, sparsity, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint="latest"
+    )
+    # What a crash just after checkpoint 4 and three more steps would leave.
+    shutil.copytree(whole.output_dir, resumed.output_dir)
+    for step in (6, 8):
+        shutil.rmtree(Path(resumed.output_dir) / "checkpoints" / f"step_{step}")
+    train_image_classifier(resumed)
+    assert read_metrics(resumed.output_dir) == read_metrics(whole.output_dir)
+    ours, theirs = (
+        load_file(Path(config.output_dir) / "checkpoints" / "step_8" / "model.safetensors")
+        for config in (resumed, whole)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_batch_norms_see_the_same_batches_after_a_resume(run_config: RunConfig) -> None:
+    train_image_classifier(run_config(max_steps=2))
+    other = run_config(max_steps=2, per_device_batch_size=12, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="per_device_batch_size: 6 there, 12 here"):
+        train_image_classifier(other)
+
+
+def test_all_images_train_when_none_are_held_out(run_config: RunConfig) -> None:
+    config = run_config(data={"validation_size": 0}, max_steps=2, checkpoint_steps=None)
+    summary = train_image_classifier(config)
+    assert "eval_nll" not in summary
+    assert summary["test_images"] == 12
+
+
+@pytest.mark.parametrize(
+    ("model", "heads"),
+    [({"num_ensemble_heads": 1}, 1), ({"num_head_blocks": None}, 2)],
+    ids=["single", "full ensemble"],
+)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_whole_family_trains_dense(run_config: RunConfig, network: str, model: dict[str, Any], heads: int) -> None:
+    shape = {"model_type": f"neurotrails_{network}", "shape": NETWORKS[network]}
+    config = run_config(shape | model, sparsity={"method": "dense"}, max_steps=1, checkpoint_steps=None)
+    summary = train_image_classifier(config)
+    assert len(summary["test_accuracy_heads"]) == heads
+    assert summary["active_parameters"] == summary["parameters"]
+    loaded = AutoModelForImageClassification.from_pretrained(config.output_dir)
+    assert loaded.num_parameters() == summary["parameters"]
+    if heads == 2:
+        backbone = [n for n, _ in loaded.named_parameters() if "backbone" in n]
+        assert not backbone, "every block is a head's own"
+
+
+class TestBadInput:
+    """Each mistake is named before anything is trained or overwritten."""
+
+    def fails(self, config: VisionTrainingConfig, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            train_image_classifier(config)
+        assert not (Path(config.output_dir) / "metrics.jsonl").exists()
+
+    def test_no_classes(self, run_config: RunConfig, tmp_path: Path) -> None:
+        self.fails(run_config(data={"train": str(tmp_path)}), "no folder of image classes")
+
+    def test_test_images_of_other_classes(self, run_config: RunConfig, tmp_path: Path) -> None:
+        (tmp_path / "val" / "n77").mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "val" / "n77" / "0.png")
+        self.fails(run_config(data={"test": str(tmp_path)}), "'n77'.*3, 'n01' among them")
+
+    def test_unknown_field_of_the_network(self, run_config: RunConfig) -> None:
+        self.fails(run_config(model={"shape": {"widen_facto": 2}}), r"model.shape=\['widen_facto'\]: no fields of")
+
+    def test_shape(self, run_config: RunConfig) -> None:
+        self.fails(run_config(model={"num_head_blocks": 4}), "num_head_blocks=4")
+        self.fails(run_config(model={"shape": {"depth": 11}}), "depth=11")
+
+
+def test_a_damaged_image_ends_training_with_its_name(
+    run_config: RunConfig, tmp_path: Path, image_folder: Path
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    (folder / "train" / "n02" / "03.png").write_bytes(b"no image")
+    data = {"train": str(folder), "validation_size": 0}
+    with pytest.raises(ValueError, match=r"n02/03\.png cannot be decoded"):
+        train_image_classifier(run_config(data=data))
+    skipping = run_config(data=data | {"skip_damaged_images": True}, overwrite_output_dir=True, max_steps=6)
+    assert train_image_classifier(skipping)["images"] == 2 * 36 - 2
+
+
+def load(size: str, variant: str | None = None, *arguments: str) -> VisionTrainingConfig:
+    files = ["--config", str(CONFIGS / f"{size}.yaml")]
+    if variant:
+        files += ["--config", str(CONFIGS / "vision_variants" / f"{variant}.yaml")]
+    return parse_arguments(VisionTrainingConfig, "test", [*files, *arguments])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+def test_every_configuration_with_every_variant(size: str, variant: str | None) -> None:
+    config = load(size, variant)
+    assert config.model.num_ensemble_heads == (1 if variant == "single" else 3)
+    assert (config.sparsity.method == "dense") == (variant in ("single", "treenet", "full_ensemble"))
+    assert (config.model.num_head_blocks is None) == (variant == "full_ensemble")
+    base = load(size)
+    assert config.sparsity.update_interval == base.sparsity.update_interval
+    assert config.max_steps == base.max_steps, "equal epochs"
+    with torch.device("meta"):
+        model = config.model.build(config.data, ["a", "b"])
+    assert len(model.active_heads) == config.model.num_ensemble_heads
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "single", "treenet", "neurotrails", "full_ensemble"),
+    [
+        ("cifar100_wrn28_10", 100, 36.5, 106.3, 21.3, 109.5),
+        ("imagenet_resnet50", 1000, 25.6, 74.3, 22.4, 76.8),
+    ],
+)
+def test_published_parameter_counts(
+    size: str, classes: int, single: float, treenet: float, neurotrails: float, full_ensemble: float
+) -> None:
+    def count(variant: str | None = None) -> float:
+        config = load(size, variant)
+        with torch.device("meta"):
+            model = config.model.build(config.data, list(map(str, range(classes))))
+        weights = sum(p.numel() for p in model.parameters() if p.ndim in (2, 4))
+        return (model.num_parameters() - (1 - config.sparsity.density) * weights) / 1e6
+
+    close = {"rel": 0.003}
+    assert count("single") == pytest.approx(single, **close)
+    assert count("treenet") == pytest.approx(treenet, **close)
+    assert count("full_ensemble") == pytest.approx(full_ensemble, **close)
+    assert count() == pytest.approx(neurotrails, **close)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_as_a_command(image_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(RECIPES / "train_vision.py"), "--config", str(CONFIGS / "cifar10_wrn10_2_cpu.yaml")]
+    overrides = {
+        "output_dir": tmp_path / "run",
+        "max_steps": 3,
+        "global_batch_size": 8,
+        "per_device_batch_size": 8,
+        "eval_steps": 2,
+        "sparsity.update_interval": 2,
+        "data.train": image_folder,
+        "data.test_split": "val",
+        "data.validation_size": 6,
+        "data.num_workers": 1,
+    }
+    options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "preprocessor_config.json").is_file()
