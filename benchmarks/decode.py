@@ -3,8 +3,8 @@
 
     python benchmarks/decode.py [--quick] [--json FILE] [--context 128]
 
-Random weights, greedy, batch 1. NeuroTrails has 24 layers, 16 of them in each of 3 heads, and all heads vote. The dense
-networks: one LLaMA of 24 layers in torch (bfloat16 and float32; the faster counts), the same on this library's
+Random weights, greedy, batch 1. NeuroTrails has 24 layers, 16 of them in each of 3 heads, and all heads vote. The
+dense networks: one LLaMA of 24 layers in torch (bfloat16 and float32; the faster counts), the same on this library's
 dense kernel (bfloat16), and the full ensemble of three (bfloat16, torch). Figures are ratios of tokens/s:
 
     neurotrails_<density>_<values>_over_dense_single     over the faster of the two in torch

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .decoding import Decoder
 from .linear import SparseLinear
-from .matrix import READ_AHEAD, SparseMatrix, Values, check_values
+from .matrix import SparseMatrix, Values, check_values
 
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ class SparseWeightsQuantizer(HfQuantizer):
                 layer.prepare()
             except ValueError as error:
                 raise ValueError(f"{name} of the compressed checkpoint is damaged: {error}") from error
-        if Decoder.supports(model):
-            Decoder(model).install()
+        Decoder.install(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -118,19 +117,22 @@ def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: 
         model.set_submodule(name, layer.train(model.training))
     if all(layer.bitmap is None for _, layer in compressed):
         logger.warning("hardly a weight of the model is zero: compressing only stores them as %s.", values)
-    quantizer = SparseWeightsQuantizer(SparseWeightsConfig(values))
-    model.hf_quantizer = quantizer
-    model.config.quantization_config = quantizer.quantization_config
-    model.is_quantized, model.quantization_method = True, METHOD
-    model.requires_grad_(False)
-    if Decoder.supports(model):
-        Decoder(model).install()
-    return model
+    _mark_as_compressed(model, SparseWeightsQuantizer(SparseWeightsConfig(values)))
+    Decoder.install(model)
+    return model.requires_grad_(False)
 
 
 def compressed_bytes(model: nn.Module) -> int:
     """Bytes that the compressed layers of a model take."""
     return sum(layer.matrix.nbytes for _, layer in _sparse_layers(model))
+
+
+def _mark_as_compressed(model: Any, quantizer: SparseWeightsQuantizer) -> None:
+    """Sets what `from_pretrained` sets on models that it loads with a quantizer."""
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.is_quantized = True
+    model.quantization_method = METHOD
 
 
 def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -153,9 +155,10 @@ def _stored_tensors(files: list[str]) -> dict[str, torch.Tensor]:
 
 def _check_shape(name: str, linear: nn.Linear, matrix: SparseMatrix) -> None:
     rows = None if matrix.bitmap is None else len(matrix.bitmap)
-    dense = linear.out_features * linear.in_features
-    if rows not in (None, linear.out_features) or matrix.nonzeros > dense or (rows is None and matrix.nonzeros < dense):
+    whole = linear.out_features * linear.in_features
+    right_size = matrix.nonzeros == whole if rows is None else rows == linear.out_features
+    if not right_size or matrix.nonzeros > whole:
         raise ValueError(
-            f"{name}: {matrix.nonzeros} values and {rows} rows of bits do not make a matrix of {linear.out_features} x "
-            f"{linear.in_features} (and {READ_AHEAD} bytes): the checkpoint is damaged, or of another model."
+            f"{name}: {matrix.nonzeros} values and {rows} rows of bits do not make a matrix of {linear.out_features} "
+            f"x {linear.in_features}: the checkpoint is damaged, or of another model."
         )

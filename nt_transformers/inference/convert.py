@@ -17,7 +17,9 @@ from .compress import compress
 from .matrix import Values
 
 
-def convert(source: str, target: str, values: Values = "bf16", *, dense: bool = False, output_layers: bool = True) -> None:
+def convert(
+    source: str, target: str, values: Values = "bf16", *, dense: bool = False, output_layers: bool = True
+) -> None:
     """Reads the checkpoint `source` (folder or hub id) and writes `target`, compressed, or dense if so asked.
 
     Raises:

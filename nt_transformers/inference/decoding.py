@@ -28,8 +28,13 @@ _CACHE_TYPES = {torch.bfloat16: 0, torch.float32: 2}
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the beginning of larger buffers, so that a token costs no copy."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
+        assert layer.keys is not None
+        assert layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
         self._hold(layer.keys, layer.values)
 
@@ -117,7 +122,7 @@ class Decoder:
         """Whether the kernels can run the decoder layers of `model`."""
         if not isinstance(model, NeuroTrailsLlamaForCausalLM) or not native.available():
             return False
-        config = model.config
+        config: Any = model.config
         linear = [
             module
             for layer in _decoder_layers(model.model, range(config.num_ensemble_heads))
@@ -132,9 +137,12 @@ class Decoder:
             and model.dtype in _CACHE_TYPES
         )
 
-    def install(self) -> None:
-        """From now on the model decodes through this object."""
-        self.model.forward = self.forward  # type: ignore[method-assign]
+    @classmethod
+    def install(cls, model: nn.Module) -> None:
+        """Lets a compressed model decode by the kernels from now on, if they can run it."""
+        if cls.supports(model):
+            decoder = cls(cast(NeuroTrailsLlamaForCausalLM, model))
+            decoder.model.forward = decoder.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `NeuroTrailsLlamaModel.forward`."""
@@ -245,10 +253,11 @@ def _growing_layers(cache: Cache | None, depth: int) -> list[GrowingLayer] | Non
     """The first `depth` layers of a filled dynamic cache, turned into growing ones; None for any other cache."""
     if not isinstance(cache, DynamicCache) or len(cache.layers) < depth:
         return None
-    for slot, layer in enumerate(cache.layers[:depth]):
+    layers = cast(list[DynamicLayer], cache.layers[:depth])
+    for slot, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, GrowingLayer) or layer.get_seq_length() == 0:
             return None
         if not isinstance(layer, GrowingLayer):
-            cache.layers[slot] = GrowingLayer(cast(DynamicLayer, layer))
-    layers = cast(list[GrowingLayer], cache.layers[:depth])
-    return layers if layers[0].keys.shape[0] == 1 and layers[0].keys.dtype in _CACHE_TYPES else None
+            layers[slot] = cache.layers[slot] = GrowingLayer(layer)
+    growing = cast(list[GrowingLayer], layers)
+    return growing if growing[0].keys.shape[0] == 1 and growing[0].keys.dtype in _CACHE_TYPES else None

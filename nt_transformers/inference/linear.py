@@ -33,6 +33,7 @@ class SparseLinear(nn.Module):
     bitmap: torch.Tensor | None
     values: torch.Tensor
     scales: torch.Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, matrix: SparseMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()

@@ -89,9 +89,7 @@ def instruction_set() -> str:
     """The best instruction set of this processor; `NT_TRANSFORMERS_INSTRUCTION_SET` chooses another."""
     if chosen := os.environ.get("NT_TRANSFORMERS_INSTRUCTION_SET"):
         if chosen not in INSTRUCTION_SETS:
-            raise ValueError(
-                f"NT_TRANSFORMERS_INSTRUCTION_SET={chosen!r}: choose from {', '.join(INSTRUCTION_SETS)}."
-            )
+            raise ValueError(f"NT_TRANSFORMERS_INSTRUCTION_SET={chosen!r}: choose from {', '.join(INSTRUCTION_SETS)}.")
         return chosen
     features = _processor_features()
     return next(name for name, (_, needed) in INSTRUCTION_SETS.items() if needed <= features)

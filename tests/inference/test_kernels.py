@@ -62,10 +62,10 @@ def test_products_equal_those_of_the_dense_matrix(
         for density in DENSITIES:
             for sparse in (True, False):
                 matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values, sparse=sparse)
-                kernel = native.KernelMatrix(matrix)
-                for tokens in (0, 1, 2, 3, 8, 16, 17, 33, 64, 65, 130):
+                kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
+                for tokens in (0, 1, 2, 3, 17, 33, 130):
                     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
-                    expected = (x.double() @ matrix.to_dense().double().T).float()
+                    expected = (x.double() @ dense.T).float()
                     torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=2e-5)
 
 
