@@ -1,0 +1,164 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Compressed models: linear layers replaced by sparse ones, saved and loaded like any other checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .decoding import Decoder
+from .linear import SparseLinear
+from .matrix import SparseMatrix, Values, check_values
+
+
+logger = logging.getLogger(__name__)
+
+METHOD = "nt_sparse"
+
+
+@register_quantization_config(METHOD)
+class SparseWeightsConfig(QuantizationConfigMixin):
+    """What `config.json` says of a compressed checkpoint, under `quantization_config`.
+
+    Args:
+        values: Type of the stored values: `bf16`, `fp16`, `fp32` or `int8` (with a scale for each row).
+    """
+
+    def __init__(self, values: Values = "bf16", **_: Any) -> None:
+        check_values(values)
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.values = values
+
+
+@register_quantizer(METHOD)
+class SparseWeightsQuantizer(HfQuantizer):
+    """Lets `from_pretrained` read compressed checkpoints; `compress` makes them."""
+
+    requires_calibration = True
+    quantization_config: SparseWeightsConfig
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not devices <= {None, "cpu", "auto", torch.device("cpu")}:
+            raise ValueError(f"device_map={device_map!r}: compressed models run on the CPU; leave device_map out.")
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # Nothing is converted: values stay what they were stored as, norms and embeddings too.
+        return None
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        stored = _stored_tensors(kwargs["checkpoint_files"])
+        for name, linear in _linear_layers(model):
+            parts = {part: stored.get(f"{name}.{part}") for part in ("bitmap", "values", "scales")}
+            if (values := parts["values"]) is not None:
+                matrix = SparseMatrix(linear.in_features, parts["bitmap"], values, parts["scales"])
+                _check_shape(name, linear, matrix)
+                model.set_submodule(name, SparseLinear(matrix, linear.bias))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in _sparse_layers(model):
+            try:
+                layer.prepare()
+            except ValueError as error:
+                raise ValueError(f"{name} of the compressed checkpoint is damaged: {error}") from error
+        Decoder.install(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, layer in _sparse_layers(model):
+            model.set_submodule(name, layer.to_linear().to(dtype))
+        return model
+
+
+def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: bool = True) -> PreTrainedModel:
+    """Replaces the linear layers of a model, in place, by sparse ones for inference on the CPU.
+
+    Weights that are zero are neither stored nor read any more. `generate`, `pipeline`, `save_pretrained` and lm-eval
+    go on as before; `model.dequantize()` goes back. All values but int8 keep a model of that type as it is.
+
+    Args:
+        model: A model on the CPU, sparse if there is to be a gain in size.
+        values: Type of the stored weights.
+        output_layers: Whether output layers are compressed as well. Those that share their weight with the embedding
+            never are.
+
+    Raises:
+        ValueError: unknown `values`, a model that is not on the CPU or quantized already, or a weight that is not
+            finite in the type.
+    """
+    check_values(values)
+    if model.device.type != "cpu":
+        raise ValueError(f"device {model.device}: compressed models run on the CPU; move the model there before.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantized or compressed already: load the original checkpoint.")
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layers = [
+        (name, linear)
+        for name, linear in _linear_layers(model)
+        if id(linear.weight) not in shared and (output_layers or not name.startswith("lm_head"))
+    ]
+    compressed = [(name, SparseLinear.from_linear(linear, values)) for name, linear in layers]
+    for name, layer in compressed:
+        model.set_submodule(name, layer.train(model.training))
+    if all(layer.bitmap is None for _, layer in compressed):
+        logger.warning("hardly a weight of the model is zero: compressing only stores them as %s.", values)
+    _mark_as_compressed(model, SparseWeightsQuantizer(SparseWeightsConfig(values)))
+    Decoder.install(model)
+    return model.requires_grad_(False)
+
+
+def compressed_bytes(model: nn.Module) -> int:
+    """Bytes that the compressed layers of a model take."""
+    return sum(layer.matrix.nbytes for _, layer in _sparse_layers(model))
+
+
+def _mark_as_compressed(model: Any, quantizer: SparseWeightsQuantizer) -> None:
+    """Sets what `from_pretrained` sets on models that it loads with a quantizer."""
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+def _linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _sparse_layers(model: nn.Module) -> list[tuple[str, SparseLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+
+
+def _stored_tensors(files: list[str]) -> dict[str, torch.Tensor]:
+    """Shape and dtype, on the meta device, of every tensor in the files."""
+    stored = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                stored[name] = tensors.get_tensor(name).to("meta")
+    return stored
+
+
+def _check_shape(name: str, linear: nn.Linear, matrix: SparseMatrix) -> None:
+    rows = None if matrix.bitmap is None else len(matrix.bitmap)
+    whole = linear.out_features * linear.in_features
+    right_size = matrix.nonzeros == whole if rows is None else rows == linear.out_features
+    if not right_size or matrix.nonzeros > whole:
+        raise ValueError(
+            f"{name}: {matrix.nonzeros} values and {rows} rows of bits do not make a matrix of {linear.out_features} "
+            f"x {linear.in_features}: the checkpoint is damaged, or of another model."
+        )

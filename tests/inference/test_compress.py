@@ -1,0 +1,221 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""A compressed model predicts, generates, saves and loads as the model it was made of."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from nt_transformers.inference import SparseLinear, compress, compressed_bytes
+from nt_transformers.inference.convert import convert
+from nt_transformers.inference.decoding import Decoder, GrowingLayer
+
+
+TOKENS = torch.randint(1, 99, (2, 7), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(TOKENS)
+# For each: [heads, head layers, active heads].
+STRUCTURES = [(3, 2, 3), (3, 2, [2, 0]), (3, 3, 3), (3, 3, [1]), (2, 0, 2), (1, 2, 1)]
+
+
+def generate(model: Any, batch: int = 1, **kwargs: Any) -> Any:
+    return model.generate(
+        TOKENS[:batch],
+        attention_mask=MASK[:batch],
+        **{"max_new_tokens": 12, "do_sample": False, **kwargs},
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def assert_same_generation(first: Any, second: Any) -> None:
+    assert torch.equal(first.sequences, second.sequences)
+    for a, b in zip(first.logits, second.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "head_layers", "active"), STRUCTURES)
+def test_prediction_and_generation_are_those_of_the_model(make_model, heads, head_layers, active) -> None:
+    model = make_model(num_ensemble_heads=heads, num_head_layers=head_layers)
+    model.active_heads = active
+    compressed = compress(copy.deepcopy(model), "fp32")
+    with torch.no_grad():
+        torch.testing.assert_close(compressed(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    one = generate(compressed)
+    assert_same_generation(one, generate(model))
+    assert isinstance(one.past_key_values.layers[0], GrowingLayer), "one text is decoded by the kernels"
+    assert_same_generation(generate(compressed, batch=2), generate(model, batch=2))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"max_new_tokens": 1}])
+def test_other_ways_of_generating(make_model, options) -> None:
+    model = make_model()
+    compressed = compress(copy.deepcopy(model), "fp32")
+    assert torch.equal(generate(compressed, **options).sequences, generate(model, **options).sequences)
+
+
+def test_left_padding(make_model) -> None:
+    model = make_model()
+    compressed = compress(copy.deepcopy(model), "fp32")
+    mask = MASK[:1].clone()
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(compressed.generate(TOKENS[:1], **options), model.generate(TOKENS[:1], **options))
+
+
+def test_active_heads_may_change_between_texts(make_model) -> None:
+    model = make_model()
+    compressed = compress(copy.deepcopy(model), "fp32")
+    for active in (3, 1, [2, 1], 3):
+        model.active_heads = compressed.active_heads = active
+        assert_same_generation(generate(compressed), generate(model))
+
+
+def test_a_cache_filled_by_decoding_goes_on_the_usual_way(make_model) -> None:
+    model = make_model()
+    compressed = compress(copy.deepcopy(model), "fp32")
+    with torch.no_grad():
+        cache = compressed(TOKENS[:1, :3], use_cache=True).past_key_values
+        pieces = [compressed(TOKENS[:1, t : t + 1], past_key_values=cache).logits for t in (3, 4)]
+        cache.crop(-1)
+        pieces.append(compressed(TOKENS[:1, 4:6], past_key_values=cache).logits)
+        pieces.append(compressed(TOKENS[:1, 6:], past_key_values=cache).logits)
+        whole = model(TOKENS[:1]).logits
+    torch.testing.assert_close(torch.cat(pieces[:2], 1), whole[:, 3:5], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(pieces[2:], 1), whole[:, 4:], rtol=1e-4, atol=1e-4)
+    assert isinstance(cache, DynamicCache)
+    assert cache.get_seq_length() == 7
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp16", "int8"])
+def test_a_bfloat16_model(make_model, values) -> None:
+    """Decoding computes in float32 between bfloat16 roundings: as near to the exact model as torch's bfloat16."""
+    exact = make_model()
+    model = exact.to(torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    compressed = compress(copy.deepcopy(model), values)
+    with torch.no_grad():
+        cache = compressed(TOKENS[:1, :-1], use_cache=True).past_key_values
+        probs = compressed(TOKENS[:1, -1:], past_key_values=cache).logits[0, -1].float().exp()
+        expected = exact(TOKENS[:1]).logits[0, -1].exp()
+    torch.testing.assert_close(probs, expected, rtol=0, atol=0.02)
+
+
+def test_a_stock_llama(make_model) -> None:
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(
+        LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+    ).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.mul_(torch.rand_like(parameter) < 0.5)
+    compressed = compress(copy.deepcopy(dense), "fp32")
+    assert not Decoder.supports(compressed)
+    assert torch.equal(generate(compressed).sequences, generate(dense).sequences)
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp32", "int8"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
+def test_saved_and_loaded_is_the_same_bit_for_bit(make_model, tmp_path, values, max_shard_size) -> None:
+    compressed = compress(make_model(), values)
+    compressed.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected, state = compressed.state_dict(), loaded.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert all(state[name].dtype == expected[name].dtype for name in expected)
+    assert_same_generation(generate(loaded), generate(compressed))
+    assert isinstance(loaded.lm_heads[0], SparseLinear)
+
+
+def test_dense_again(make_model, tmp_path) -> None:
+    model = make_model()
+    dense = compress(copy.deepcopy(model), "fp32").dequantize()
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
+    dense.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(generate(again).sequences, generate(model).sequences)
+
+
+def test_output_layers_stay_dense_on_request_and_when_tied(make_model) -> None:
+    assert not isinstance(compress(make_model(), output_layers=False).lm_heads[0], SparseLinear)
+    tied = make_model(tie_word_embeddings=True)
+    compressed = compress(copy.deepcopy(tied), "fp32")
+    assert compressed.lm_heads[0].weight is compressed.model.embed_tokens.weight
+    assert_same_generation(generate(compressed), generate(tied))
+
+
+def test_a_dense_model_is_stored_dense_and_a_note_says_so(make_model, caplog) -> None:
+    compressed = compress(make_model(density=1.0), "bf16")
+    assert compressed.lm_heads[0].bitmap is None
+    assert "hardly a weight of the model is zero" in caplog.text
+
+
+def test_bytes(make_model) -> None:
+    model = make_model()
+    compressed = compress(model, "int8")
+    stored = sum(layer.matrix.nbytes for layer in compressed.modules() if isinstance(layer, SparseLinear))
+    assert compressed_bytes(compressed) == stored > 0
+
+
+def test_converting_checkpoints_there_and_back(make_model, tokenizer_dir, tmp_path) -> None:
+    model = make_model(vocab_size=320)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "model")
+    convert(str(tmp_path / "model"), str(tmp_path / "small"), "fp32")
+    convert(str(tmp_path / "small"), str(tmp_path / "dense"), dense=True)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").vocab_size == 320
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "model")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+class TestMistakes:
+    def test_unknown_values_leave_the_model_alone(self, make_model) -> None:
+        model = make_model()
+        with pytest.raises(ValueError, match=r"values='int4': choose from"):
+            compress(model, "int4")
+        assert isinstance(model.lm_heads[0], torch.nn.Linear)
+
+    def test_bad_weights_leave_the_model_alone(self, make_model) -> None:
+        model = make_model()
+        model.lm_heads[2].weight.data[0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"a weight is not finite"):
+            compress(model)
+        assert isinstance(model.lm_heads[0], torch.nn.Linear)
+
+    def test_twice(self, make_model) -> None:
+        with pytest.raises(ValueError, match=r"compressed already"):
+            compress(compress(make_model()))
+
+    def test_another_device(self, make_model) -> None:
+        with pytest.raises(ValueError, match=r"device meta"):
+            compress(make_model().to("meta"))
+
+    @pytest.mark.parametrize("damage", ["bits", "values", "rows"])
+    def test_damaged_checkpoint(self, make_model, tmp_path: Path, damage: str) -> None:
+        compress(make_model(), "bf16").save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj"
+        if damage == "bits":
+            tensors[f"{name}.bitmap"][3, 0] ^= 1
+        elif damage == "values":
+            tensors[f"{name}.values"] = tensors[f"{name}.values"][:-5]
+        else:
+            tensors[f"{name}.bitmap"] = tensors[f"{name}.bitmap"][:-1]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=name):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def test_converting_onto_something(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match=r"it is not empty"):
+            convert("anything", str(tmp_path))
+
+    def test_converting_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"source='.*nothing' cannot be loaded"):
+            convert(str(tmp_path / "nothing"), str(tmp_path / "out"))

@@ -1,0 +1,148 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Packed matrices keep what they were given; products equal those of the dense matrix, for any shape and type."""
+
+import logging
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from nt_transformers.inference import SparseLinear, SparseMatrix, native
+from nt_transformers.inference.matrix import DTYPES, READ_AHEAD, Values
+
+
+SHAPES = [(1, 1), (3, 31), (2, 32), (5, 33), (70, 130), (129, 257)]
+DENSITIES = [0, 0.05, 0.2, 0.5, 0.9, 1]
+
+
+def random_matrix(rows: int, columns: int, density: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    return weight * (torch.rand(rows, columns, generator=generator) < density)
+
+
+def supported() -> list[str]:
+    features = native._processor_features()
+    return [name for name, (_, needed) in native.INSTRUCTION_SETS.items() if needed <= features]
+
+
+@pytest.mark.parametrize("values", get_args(Values))
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_packing_keeps_the_matrix(rows: int, columns: int, density: float, values: Values) -> None:
+    weight = random_matrix(rows, columns, density)
+    matrix = SparseMatrix.from_dense(weight, values)
+    matrix.check()
+    assert matrix.shape == (rows, columns)
+    assert matrix.nonzeros == int(weight.count_nonzero())
+    assert torch.equal(matrix.row_counts(), weight.count_nonzero(1))
+    if values == "int8":
+        steps = weight.abs().amax(1, keepdim=True) / 127
+        assert ((matrix.to_dense() - weight).abs() <= steps / 2 * (1 + 1e-5)).all()
+    else:
+        assert torch.equal(matrix.to_dense(), weight.to(DTYPES[values]))
+    assert torch.equal(SparseMatrix.from_dense(weight, values, sparse=False).to_dense(), matrix.to_dense())
+
+
+@pytest.mark.parametrize("values", get_args(Values))
+def test_size_is_that_of_the_values_and_one_bit_a_weight(values: Values) -> None:
+    weight = random_matrix(512, 1024, 0.2)
+    matrix = SparseMatrix.from_dense(weight, values)
+    assert matrix.nbytes <= 1.02 * (matrix.nonzeros * DTYPES[values].itemsize + weight.numel() / 8)
+
+
+@pytest.mark.parametrize("instruction_set", supported())
+@pytest.mark.parametrize("values", get_args(Values))
+def test_products_equal_those_of_the_dense_matrix(
+    instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", instruction_set)
+    for rows, columns in SHAPES:
+        for density in DENSITIES:
+            for sparse in (True, False):
+                matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values, sparse=sparse)
+                kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
+                for tokens in (0, 1, 2, 3, 17, 33, 130):
+                    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+                    expected = (x.double() @ dense.T).float()
+                    torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_product(threads: int) -> None:
+    kernel = native.KernelMatrix(SparseMatrix.from_dense(random_matrix(65, 97, 0.4), "fp32"))
+    x = torch.randn(9, 97)
+    before = torch.get_num_threads()
+    expected = kernel.multiply(x), kernel.multiply(x[:1])
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(kernel.multiply(x), expected[0])
+        assert torch.equal(kernel.multiply(x[:1]), expected[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("density", [0.3, 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_takes_any_leading_shape_and_dtype(density: float, bias: bool) -> None:
+    linear = nn.Linear(40, 24, bias=bias)
+    linear.weight.data = random_matrix(24, 40, density)
+    layer = SparseLinear.from_linear(linear, "fp32")
+    assert (layer.bitmap is None) == (density == 1)
+    for shape in ((40,), (3, 40), (2, 5, 40), (0, 40)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(layer.to_linear().weight, linear.weight)
+
+
+def test_without_a_compiler_torch_multiplies_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path
+) -> None:
+    linear = nn.Linear(40, 24, bias=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    native._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            x = torch.randn(3, 40)
+            torch.testing.assert_close(SparseLinear.from_linear(linear, "fp32")(x), linear(x), rtol=1e-5, atol=1e-5)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "sparse kernels are not available, torch multiplies dense matrices instead"
+    ]
+
+
+class TestMistakes:
+    def test_unknown_values(self) -> None:
+        with pytest.raises(ValueError, match=r"values='fp8': choose from bf16, fp16, fp32, int8"):
+            SparseMatrix.from_dense(torch.ones(2, 2), "fp8")
+
+    @pytest.mark.parametrize("values", get_args(Values))
+    def test_weights_that_are_not_finite(self, values: Values) -> None:
+        with pytest.raises(ValueError, match=r"a weight is not finite"):
+            SparseMatrix.from_dense(torch.tensor([[1.0, torch.inf]]), values)
+
+    def test_too_large_for_the_type(self) -> None:
+        with pytest.raises(ValueError, match=r"values='fp16': a weight is not finite in this type"):
+            SparseMatrix.from_dense(torch.tensor([[1e6]]), "fp16")
+
+    def test_unknown_instruction_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", "mmx")
+        with pytest.raises(ValueError, match=r"NT_TRANSFORMERS_INSTRUCTION_SET='mmx': choose from avx512, avx2"):
+            native.instruction_set()
+
+    @pytest.mark.parametrize("part", ["bitmap", "values", "scales"])
+    def test_parts_that_do_not_belong_together(self, part: str) -> None:
+        matrix = SparseMatrix.from_dense(random_matrix(4, 33, 0.5), "int8")
+        damaged = getattr(matrix, part).clone()
+        if part == "bitmap":
+            damaged[1, 7] |= 128
+        elif part == "values":
+            damaged = damaged[: -READ_AHEAD - 1]
+        else:
+            damaged = damaged[:-1]
+        parts = {"bitmap": matrix.bitmap, "values": matrix.values, "scales": matrix.scales, part: damaged}
+        with pytest.raises(ValueError, match=part):
+            native.KernelMatrix(SparseMatrix(33, **parts))
