@@ -20,9 +20,9 @@ of all this, one step of LLaMA-350M with 3 heads of 16 layers, batch 2 x 256, he
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +123,9 @@ def child(name: str) -> None:
 
 def peak_gb() -> float:
     """Peak resident set of this process in 10^9 bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not ru_maxrss, which a process takes over from the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def measure(name: str, threads: int) -> list[float]:

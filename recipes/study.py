@@ -2,7 +2,7 @@
 """Compares methods on text: a grid of training runs, their learning rates tuned, their test documents touched once.
 
 python -m nt_transformers.data.prepare --output data/study --vocab-size 2048
-python recipes/study.py --config recipes/configs/study_text.yaml            # --plan true shows the runs and their cost
+python recipes/study.py --config recipes/configs/study_text.yaml    # --dry_run true shows the runs and their cost
 python -m nt_transformers.report runs/study_text --output report.html
 
 The same command continues a study that was stopped. Any field can be given again as --field value.

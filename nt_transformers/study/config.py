@@ -48,7 +48,7 @@ class StudyConfig:
         grids: What is run, in this order; a run that two grids ask for is done once.
         test: Documents on which every finished run is measured once; nothing is chosen by them.
         processes: Runs at a time, 1 or 2; they share the processor's cores.
-        plan: Only show the runs with their costs.
+        dry_run: Only show the runs with their costs.
     """
 
     output_dir: str
@@ -61,7 +61,7 @@ class StudyConfig:
     setting: str = ""
     tuning_steps: int | None = None
     processes: int = 2
-    plan: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         check(bool(self.grids), "grids", self.grids, "give at least one")

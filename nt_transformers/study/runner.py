@@ -39,7 +39,7 @@ def run_study(config: StudyConfig) -> list[Row]:
     """
     plan = StudyPlan(config)
     tuning = plan.tuning_runs()
-    if config.plan:
+    if config.dry_run:
         rates = dict.fromkeys(config.methods, config.learning_rates[0])
         print(plan_table([*tuning, *plan.main_runs(rates)]))
         return []

@@ -35,6 +35,10 @@ from .plan import Hardware, Plan, plan_training
 from .run import run_training
 
 
+# For checks of the shape before the tokenizer is known.
+_ANY_VOCAB_SIZE = 2**15
+
+
 @dataclass(kw_only=True)
 class LlamaArguments:
     """Shape of the network. One class covers the family: one head is a single network, all layers in the heads a full
@@ -73,7 +77,7 @@ class LlamaArguments:
     def __post_init__(self) -> None:
         check_types(self, "model.")
         # Mistakes show before tokenizer and text are loaded.
-        self._config(vocab_size=1 if self.vocab_size is None else self.vocab_size)
+        self._config(vocab_size=_ANY_VOCAB_SIZE if self.vocab_size is None else self.vocab_size)
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> NeuroTrailsLlamaForCausalLM:
         """A new network for the tokenizer's vocabulary, drawn from torch's global generator."""

@@ -122,7 +122,8 @@ def test_lm_eval_is_needed_for_evaluation_only_and_its_extra_is_named() -> None:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    # One thread, as in this process: more of them may round otherwise.
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -138,7 +139,7 @@ def test_three_ways_agree_exactly(checkpoint: Path, offline_data: Path, tmp_path
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", model_args]
     command += ["--include_path", offline_data / "tasks", "--tasks", *TASKS, "--device", "cpu", "--batch_size", "4"]
     command += ["--output_path", tmp_path / "command.json"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in _environment().items() if name != "PYTHONPATH"}
     subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
 
     write_tasks(offline_data, tmp_path)

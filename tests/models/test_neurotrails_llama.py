@@ -75,13 +75,14 @@ def test_state_dict_keys_are_the_contract(make_model, head_layers):
 def peak_memory_over_weights(size: dict[str, int]) -> tuple[float, float]:
     """Bytes by which the peak memory of a fresh process grows when the model is built, and bytes of its weights."""
     script = f"""
-import resource
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+def peak():
+    # Not ru_maxrss, which a process takes over from the one that started it.
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 config = NeuroTrailsLlamaConfig(**{size!r})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 model = NeuroTrailsLlamaForCausalLM(config)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024, sum(p.nbytes for p in model.parameters()))
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
 """
     output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     grown, weights = output.split()
@@ -91,13 +92,13 @@ print((after - before) * 1024, sum(p.nbytes for p in model.parameters()))
 def test_building_takes_the_memory_of_the_weights():
     size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 8000}
     grown, weights = peak_memory_over_weights({**size, "num_head_layers": 2})
-    assert grown < 1.05 * weights + 15e6
+    assert 0.95 * weights < grown < 1.05 * weights + 15e6
 
 
 @pytest.mark.slow
 def test_building_llama_350m_takes_the_memory_of_its_weights():
     grown, weights = peak_memory_over_weights(LLAMA_350M)
-    assert grown < 1.05 * weights
+    assert 0.95 * weights < grown < 1.05 * weights
 
 
 def test_every_part_of_every_head_starts_from_its_own_draw(make_model):
