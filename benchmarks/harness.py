@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import shlex
 import statistics
 import sys
@@ -72,8 +73,12 @@ def time_interleaved(
         The median duration of each function in seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
     for round_index in range(warmup + rounds):
-        for name, function in functions.items():
+        # What ran before leaves its traces in caches and allocator: no function always follows the same one.
+        random.Random(round_index).shuffle(order)
+        for name in order:
+            function = functions[name]
             if setup is not None:
                 setup()
             _synchronize()
