@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nt_transformers.data import TextDataConfig
@@ -162,6 +162,7 @@ SECTIONS = {
 PLACES = [(section, name) for section, config_class in SECTIONS.items() for name in field_names(config_class)]
 
 
+@example(place=(None, "sparsity"), value={"": None})
 @given(place=st.sampled_from(PLACES), value=VALUES)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_is_accepted_or_refused_with_one_message(

@@ -7,7 +7,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -23,6 +23,18 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the line breaks of the description."""
 
 
+class Parser(ArgumentParser):
+    """Names the sections of the configuration where jsonargparse's message names no field."""
+
+    sections: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with exit code 2 and `message`."""
+        if message.startswith("Empty nested key"):
+            message = f"{message.rstrip('.')}: check that {', '.join(self.sections)} are given by their fields"
+        super().error(message, ex)
+
+
 def parse_arguments(config_class: type[Config], description: str, arguments: Sequence[str] | None = None) -> Config:
     """Builds a `config_class` from `--config FILE.yaml` (later files override earlier ones) and `--field value`.
 
@@ -35,7 +47,7 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
         description: What the program does.
         arguments: The command line, `sys.argv[1:]` by default.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         description=description,
         allow_abbrev=False,
         usage="%(prog)s --config FILE.yaml [--config FILE.yaml ...] [--field value ...]",
@@ -50,7 +62,7 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
             "--plan", action="store_true", help="print parameters, FLOPs, memory of a process and time; do not train"
         )
         parser.add_class_arguments(Hardware, "hardware")
-    sections = [name for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)]
+    parser.sections = sections = [name for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)]
     try:
         fields = parser.parse_args(arguments)
     except Exception as error:
