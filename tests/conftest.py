@@ -24,7 +24,7 @@ os.environ.update(
 )
 
 # The same examples in every run: what fails is a change's fault, not chance's. benchmarks/bad_input.py draws new ones.
-settings.register_profile("reproducible", derandomize=True)
+settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 
 SUBJECTS = ("the farmer", "a small boat", "my neighbour", "the old clock", "every teacher", "a grey cat", "the river")
