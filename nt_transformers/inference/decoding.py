@@ -232,9 +232,7 @@ class Decoder:
     def _describe(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        matrices = [
-            native.KernelMatrix(module.matrix) for module in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        ]
+        matrices = [module.kernel for module in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
         self._memory += matrices
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         return _Layer(*(matrix.structure for matrix in matrices), *(self._pointer(norm.weight) for norm in norms))

@@ -43,6 +43,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("scales", matrix.scales)
         self.register_parameter("bias", bias)
         self._multiply: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._kernel: native.KernelMatrix | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, values: Values) -> Self:
@@ -56,6 +57,14 @@ class SparseLinear(nn.Module):
         """The weight."""
         return SparseMatrix(self.in_features, self.bitmap, self.values, self.scales)
 
+    @property
+    def kernel(self) -> native.KernelMatrix:
+        """The weight as the kernels read it, which have to be available."""
+        if self._kernel is None:
+            self.prepare()
+            assert self._kernel is not None
+        return self._kernel
+
     def prepare(self) -> None:
         """Checks the weight and hands it to the kernels; done by itself before the first product.
 
@@ -63,12 +72,12 @@ class SparseLinear(nn.Module):
             ValueError: the parts of the weight do not belong together: the file was damaged.
         """
         matrix = self.matrix
-        matrix.check()
         density = matrix.nonzeros / (self.in_features * self.out_features)
         if not native.available():
+            matrix.check()
             self._multiply = self._multiply_dense
             return
-        kernel = native.KernelMatrix(matrix)
+        kernel = self._kernel = native.KernelMatrix(matrix)
         few = FEW_TOKENS if density > LOW_DENSITY else None
 
         def multiply(x: torch.Tensor) -> torch.Tensor:
