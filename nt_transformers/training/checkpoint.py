@@ -74,19 +74,30 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+def load_checkpoint(
+    folder: Path, *, checked: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
     """Reads what `save_checkpoint` was given: weights, training state, state.
 
+    Args:
+        folder: The checkpoint.
+        checked: `check_checkpoint` or `newest_checkpoint` has just read all of it; it is not hashed again.
+
     Raises:
-        ValueError: the folder is no complete checkpoint, or a file is not as it was written.
+        ValueError: see `check_checkpoint`.
     """
-    damage = find_damage(folder)
-    if damage:
-        raise ValueError(f"checkpoint {folder} cannot be resumed: {damage}; name another one, or `latest`")
+    if not checked:
+        check_checkpoint(folder)
     weights = load_file(folder / "model.safetensors")
     training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return weights, training, state
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises a `ValueError` if the folder is no complete checkpoint, or a file is not as it was written."""
+    if damage := find_damage(folder):
+        raise ValueError(f"checkpoint {folder} cannot be resumed: {damage}; name another one, or `latest`")
 
 
 def find_damage(folder: Path, *, contents: bool = True) -> str | None:

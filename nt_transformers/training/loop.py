@@ -28,7 +28,7 @@ from ..analysis import topology_figures
 from ..sparsity import Sparsifier
 from .checkpoint import (
     CheckpointError,
-    find_damage,
+    check_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     rotate_checkpoints,
@@ -334,23 +334,26 @@ class TrainingLoop:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"output_dir={self.config.output_dir!r}: it cannot be made ({error})") from error
-        if self.config.resume_from_checkpoint == "latest":
-            return self._newest_checkpoint()
-        folder = None if self.config.resume_from_checkpoint is None else Path(self.config.resume_from_checkpoint)
-        if folder is not None and (damage := find_damage(folder, contents=False)):
-            raise ValueError(f"resume_from_checkpoint={str(folder)!r}: it cannot be resumed: {damage}")
-        if folder is None or folder.resolve().parent != self.checkpoints.resolve():
+        named = self.config.resume_from_checkpoint
+        folder = None if named is None else self._whole_checkpoint(named)
+        elsewhere = folder is None or folder.resolve().parent != self.checkpoints.resolve()
+        if named != "latest" and elsewhere:
             if self.accelerator.is_main_process:
                 self._make_room()
             self.accelerator.wait_for_everyone()
         return folder
 
-    def _newest_checkpoint(self) -> Path | None:
-        # One process looks, so that all of them resume the same one.
+    def _whole_checkpoint(self, name: str) -> Path | None:
+        """The checkpoint of that name, or the `latest`, if there is one yet; its hashes have been compared."""
+        # One process looks, so that all of them resume the same one and none reads it more than once.
         found: list[Path | ValueError | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                found = [newest_checkpoint(self.checkpoints, print)]
+                if name == "latest":
+                    found = [newest_checkpoint(self.checkpoints, print)]
+                else:
+                    check_checkpoint(Path(name))
+                    found = [Path(name)]
             except ValueError as error:
                 found = [error]
         broadcast_object_list(found)
@@ -369,7 +372,7 @@ class TrainingLoop:
         remove_export(self.output_dir)
 
     def _resume(self, folder: Path) -> None:
-        weights, training, state = load_checkpoint(folder)
+        weights, training, state = load_checkpoint(folder, checked=True)
         self._check_same_run(folder, state["config"])
         load_weights(self.network, weights)
         load_optimizer_state(self.optimizer.optimizer, training["optimizer"])

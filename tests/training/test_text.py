@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nt_transformers.analysis import count_nonzeros, language_model_cost
-from nt_transformers.training import TextTrainingConfig, train_language_model
+from nt_transformers.training import TextTrainingConfig, checkpoint, train_language_model
 from nt_transformers.training.metrics import TIMING_FIELDS
 
 
@@ -241,6 +241,28 @@ class TestBadInput:
         for name in ("nowhere", "x" * 300):
             config = run_config(resume_from_checkpoint=str(tmp_path / name))
             self.fails(config, f"{name}.*cannot be resumed: there is no such folder")
+
+
+@pytest.mark.parametrize("named", ["latest", "step_8"])
+def test_a_checkpoint_is_hashed_once_and_taken_only_if_whole(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    config = run_config()
+    train_language_model(config)
+    folder = Path(config.output_dir) / "checkpoints" / "step_8"
+    hashed: list[str] = []
+    original = checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: hashed.append(path.name) or original(path))
+    again = run_config(resume_from_checkpoint="latest" if named == "latest" else str(folder))
+    train_language_model(again)
+    assert sorted(hashed) == ["model.safetensors", "state.json", "training.pt"]
+
+    (folder / "state.json").write_text((folder / "state.json").read_text().replace("8", "9", 1))
+    if named == "latest":
+        train_language_model(again)
+    else:
+        with pytest.raises(ValueError, match="step_8 cannot be resumed: state.json is not as it was written"):
+            train_language_model(again)
 
 
 def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
