@@ -3,7 +3,8 @@
 
 python eval/perplexity.py --model runs/llama_130m --data shards/test --output perplexity.json
 
-Several models are compared in one table; perplexities compare only between models of the same tokenizer.
+Several models are compared in one table; perplexities compare only between models of the same tokenizer. Calibration
+and divergence of the heads are left to eval/diversity.py.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def sequences(data: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Name
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict[str, Any]:
-    scores = score_language_model(model, sequences(args.data, tokenizer, args))
+    scores = score_language_model(model, sequences(args.data, tokenizer, args), calibration=False)
     return {
         **scores.language_figures(model.config.vote),
         "parameters": model.num_parameters(),

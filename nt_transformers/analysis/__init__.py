@@ -2,6 +2,7 @@
 """Measures of trained ensembles: quality, calibration, diversity, topology, and what they cost."""
 
 from .calibration import expected_calibration_error, prediction_sums, reliability_diagram
+from .classification import score_classifier
 from .cost import LayerCost, ModelCost, count_cost, count_nonzeros, image_model_cost, language_model_cost
 from .diversity import cross_entropy_sums, disagreement_counts, log_mean_probs, mean_of_pairs, mutual_information
 from .perplexity import score_language_model
@@ -27,6 +28,7 @@ __all__ = [
     "mutual_information",
     "prediction_sums",
     "reliability_diagram",
+    "score_classifier",
     "score_language_model",
     "topology_figures",
     "unigram_perplexity",

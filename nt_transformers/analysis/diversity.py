@@ -30,9 +30,9 @@ def mean_of_pairs(matrix_MM: Tensor) -> Tensor:
     return (matrix_MM.sum() - matrix_MM.diagonal().sum()) / max(heads * (heads - 1), 1)
 
 
-def log_mean_probs(log_probs_MNC: Tensor) -> Tensor:
-    """[N, C]: log of the mean probability, the vote of the heads."""
-    return log_probs_MNC.logsumexp(0) - math.log(len(log_probs_MNC))
+def log_mean_probs(log_probs: Tensor) -> Tensor:
+    """From [M, ...] to [...]: log of the mean probability, the vote of the heads."""
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 def mutual_information(log_probs_MNC: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class RobustnessTest:
         self.num_workers = num_workers
 
     def on(self, images: LabelledImages) -> Figures:
-        """Figures of `ClassifierScores`; for images of another domain as well (folders as ImageNet-Sketch's)."""
+        """`EnsembleScores.classifier_figures`; for images of another domain as well (folders as ImageNet-Sketch's)."""
         return self._score(images, self.preparation)
 
     def on_corrupted(
@@ -76,7 +76,8 @@ class RobustnessTest:
         self, images: LabelledImages, preparation: ImageDataConfig, corruption: Corruption | None = None
     ) -> Figures:
         batches = EvaluationBatches(images, preparation, batch_size=self.batch_size, corruption=corruption)
-        return score_classifier(self.model, evaluation_loader(batches, self.num_workers))
+        scores = score_classifier(self.model, evaluation_loader(batches, self.num_workers))
+        return scores.classifier_figures(self.model.config.vote)
 
 
 def mean_figures(figures: Iterable[Figures]) -> Figures:

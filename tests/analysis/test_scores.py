@@ -140,3 +140,15 @@ def test_predictions_that_are_no_numbers_show_in_the_figures() -> None:
     sums = prediction_sums(log_probs, torch.tensor([0, 3]))
     assert math.isnan(float(sums["nll"]))
     assert math.isnan(float(expected_calibration_error(sums["bins"])))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_losses_alone_are_those_of_all_figures(heads: int) -> None:
+    logits, targets = random_heads(heads=heads)
+    everything, losses = (EnsembleScores.of(logits, targets, calibration=flag) for flag in (True, False))
+    for vote in ("probs", "logits"):
+        found, expected = losses.language_figures(vote), everything.language_figures(vote)
+        assert found.keys() == {name for name in expected if name in found}
+        assert len(found) == 9
+        for name, value in found.items():
+            assert value == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name
