@@ -48,6 +48,21 @@ def test_helpers_that_every_folder_repeats_stay_the_same(helper):
     assert len({inspect.getsource(getattr(folder, helper)) for folder in folders}) == 1
 
 
+def test_methods_that_every_classifier_repeats_stay_the_same():
+    methods = [family.classifier.get_output_layers for family in FAMILIES.values()]
+    assert len({inspect.getsource(method) for method in methods}) == 1
+
+
+@every_split
+def test_the_input_embeddings_are_what_sees_the_images(family, head_depth):
+    model = make_classifier(family, head_depth)
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(make_images())
+    assert len(seen) == 1
+    assert torch.equal(seen[0], make_images())
+
+
 @every_split
 def test_every_part_of_every_head_starts_from_its_own_draw(family, head_depth):
     model = FAMILIES[family].classifier(make_config(family, head_depth))

@@ -35,3 +35,13 @@ def test_sparse_training_keeps_the_exact_counts_and_learns(family, head_depth):
             assert not weights[name][~mask].any(), name
     assert losses[-1] < losses[0]
     assert any(not torch.equal(mask, first[name]) for name, mask in sparsifier.masks.items())
+
+
+@pytest.mark.parametrize(("family", "head_depth"), MIDDLE)
+def test_dense_embeddings_spares_the_classifier_of_every_head(family, head_depth):
+    model = make_classifier(family, head_depth)
+    model.active_heads = [1]
+    config = SparsityConfig(density=0.3, dense_embeddings=True)
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters()), config, total_steps=1000)
+    matrices = {name for name, weight in model.named_parameters() if weight.ndim in (2, 4)}
+    assert matrices - sparsifier.masks.keys() == {f"classifiers.{m}.weight" for m in range(3)}

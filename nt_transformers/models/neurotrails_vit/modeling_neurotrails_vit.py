@@ -371,6 +371,10 @@ class NeuroTrailsViTForImageClassification(NeuroTrailsViTPreTrainedModel):
     def active_heads(self, value: int | Sequence[int]) -> None:
         self.vit.active_heads = value
 
+    def get_output_layers(self) -> list[nn.Module]:
+        """The classifier of every head."""
+        return list(self.classifiers)
+
     @can_return_tuple
     def forward(
         self,

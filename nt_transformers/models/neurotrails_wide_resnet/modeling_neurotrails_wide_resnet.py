@@ -215,6 +215,10 @@ class NeuroTrailsWideResNetModel(NeuroTrailsWideResNetPreTrainedModel):
             )
         self._active_heads = heads
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The stem, which FSDP shards by itself; without a backbone that of the first head."""
+        return self.heads[0].stem if self.backbone.stem is None else self.backbone.stem
+
     @can_return_tuple
     def forward(
         self, pixel_values: torch.Tensor | None = None, output_hidden_states: bool | None = None, **_: Any
@@ -272,6 +276,10 @@ class NeuroTrailsWideResNetForImageClassification(NeuroTrailsWideResNetPreTraine
     @active_heads.setter
     def active_heads(self, value: int | Sequence[int]) -> None:
         self.wide_resnet.active_heads = value
+
+    def get_output_layers(self) -> list[nn.Module]:
+        """The classifier of every head."""
+        return list(self.classifiers)
 
     @can_return_tuple
     def forward(
