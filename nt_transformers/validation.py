@@ -29,8 +29,8 @@ def check_types(config: "DataclassInstance", name: str = "") -> None:
     integers beyond 64 bits, no text that no file could hold. An integer given for a float becomes one.
 
     Args:
-        config: An instance; annotations may be bool, int, float, str, None, literals, dataclasses, and sequences and
-            unions of them.
+        config: An instance; annotations may be bool, int, float, str, None, literals, dataclasses, sequences and
+            unions of them, and dictionaries, of which the keys count.
         name: What precedes the names of the fields in errors, such as `data.`.
     """
     hints = get_type_hints(type(config))
@@ -50,6 +50,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if kind in (list, Sequence):
         return isinstance(value, list | tuple) and all(_fits(element, arguments[0]) for element in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(key, arguments[0]) for key in value)
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is int or (hint is float and isinstance(value, int)):
@@ -69,6 +71,8 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(argument) for argument in arguments)
     if kind in (list, Sequence):
         return f"a list, each element {_words(arguments[0])}"
+    if kind is dict:
+        return "fields by their names"
     if isinstance(hint, type) and is_dataclass(hint):
         return f"a {hint.__name__}"
     return {

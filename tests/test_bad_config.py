@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nt_transformers.data import TextDataConfig
+from nt_transformers.data.images import ImageDataConfig
 from nt_transformers.models import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_transformers.sparsity import Sparsifier, SparsityConfig
 from nt_transformers.training import (
@@ -23,6 +24,7 @@ from nt_transformers.training import (
     parse_arguments,
 )
 from nt_transformers.training.optimization import build_optimizer, learning_rate
+from nt_transformers.training.vision import ClassifierArguments
 
 
 SCALARS = (
@@ -131,6 +133,30 @@ def test_model_arguments(changes: dict[str, Any]) -> None:
 @settings(max_examples=100, deadline=None)
 def test_arguments_of_a_pretrained_model(changes: dict[str, Any]) -> None:
     build(PretrainedArguments, changes, from_pretrained="somewhere")
+
+
+@given(changes=changes(ImageDataConfig))
+@settings(max_examples=100, deadline=None)
+def test_image_configs(changes: dict[str, Any]) -> None:
+    build(ImageDataConfig, changes)
+
+
+CLASSIFIER = {"model_type": "neurotrails_wide_resnet", "num_head_blocks": 1, "shape": {"depth": 10, "widen_factor": 1}}
+
+
+@given(
+    arguments=changes(ClassifierArguments) | st.just({}),
+    shape=st.dictionaries(st.sampled_from(["depth", "widen_factor", "num_channels", "vote", "other"]), SCALARS),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_classifier_is_built_or_its_arguments_are_refused(arguments: dict[str, Any], shape: dict[str, Any]) -> None:
+    given = {"shape": CLASSIFIER["shape"] | shape, **arguments}
+    config = build(ClassifierArguments, given, **{**CLASSIFIER, "shape": {}})
+    sizes = [*given.values(), *(config.shape.values() if config else ())]
+    if config is None or not all(is_small(value) for value in sizes):
+        return
+    with torch.device("meta"):
+        build(lambda **_: config.build(ImageDataConfig(), ["a", "b"]), {**given, **config.shape, "model": None})
 
 
 def run_defaults() -> dict[str, Any]:

@@ -126,6 +126,12 @@ class ImageDataConfig:
         held_out, rest = order[: self.validation_size], order[self.validation_size :]
         return images.select(np.sort(rest)), images.select(np.sort(held_out))
 
+    def class_names(self) -> list[str]:
+        """Names of the classes, without fetching images from the hub; errors of `load_images`."""
+        if is_local(self.train):
+            return self._load(self.train, self.train_split).class_names
+        return hub_class_names(self.train, self.name, self.label_column)
+
     def load_test(self, class_names: Sequence[str]) -> "LabelledImages":
         """Test images, numbered as `class_names` of the training images; errors of `load_images`, `with_classes`."""
         return self._load(self.test or self.train, self.test_split).with_classes(class_names)
@@ -359,6 +365,22 @@ def load_images(
     else:
         arguments = {"path": source, "name": name}
     return TableImages(_load_table(source, split, arguments), source, image_column, label_column)
+
+
+def hub_class_names(source: str, name: str | None, label_column: str) -> list[str]:
+    """Names of the classes of a data set of the hub, from its description alone.
+
+    Raises:
+        ValueError: it cannot be reached, or does not describe its classes.
+    """
+    try:
+        features = datasets.load_dataset_builder(source, name=name).info.features or {}
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data: cannot look up {source!r}: {error}. Check the id and the connection.") from error
+    feature = features.get(label_column)
+    if not isinstance(feature, datasets.ClassLabel):
+        raise ValueError(f"data: {source!r} does not name the classes of column {label_column!r}: set label_column.")
+    return list(feature.names)
 
 
 def _load_table(source: str, split: str, arguments: dict[str, Any]) -> datasets.Dataset:

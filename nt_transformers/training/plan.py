@@ -220,11 +220,16 @@ def _memory(config: TrainingConfig, hardware: Hardware, network: PreTrainedModel
     return Memory(
         weights=weights // shards,
         gradients=gradients // shards,
-        optimizer=2 * gradients // shards,
+        optimizer=_moments(config) * gradients // shards,
         masks=masks // shards,
         buffers=buffers,
         activations=activations,
     )
+
+
+def _moments(config: TrainingConfig) -> int:
+    """Numbers that the optimizer keeps of each weight."""
+    return 2 if config.optimizer != "sgd" else int(config.momentum > 0)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from .. import models  # noqa: F401  (registers them with the Auto classes)
-from ..analysis.classification import score_classifier
+from ..analysis import EnsembleScores, image_model_cost, score_classifier
 from ..data.image_batches import (
     EvaluationBatches,
     TrainingBatches,
@@ -23,13 +24,15 @@ from ..data.image_batches import (
     training_loader,
 )
 from ..data.images import ImageDataConfig, LabelledImages
-from ..validation import check
+from ..sparsity import planned_nonzeros
+from ..validation import check, check_types
 from .config import FREE_ON_RESUME, TrainingConfig
 from .engine import accelerated
 from .export import export_checkpoint
 from .hub import create_hub_repository, push_run
 from .image_card import image_classifier_card
 from .loop import Batch, Position
+from .plan import Hardware, Plan, plan_training
 from .run import run_training
 
 
@@ -53,7 +56,10 @@ class ClassifierArguments:
     vote: Literal["probs", "logits"] = "probs"
     shape: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, data: ImageDataConfig, class_names: Sequence[str]) -> nn.Module:
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+
+    def build(self, data: ImageDataConfig, class_names: Sequence[str]) -> PreTrainedModel:
         """A new network for images as `data` prepares them, drawn from torch's global generator.
 
         Raises:
@@ -73,11 +79,15 @@ class ClassifierArguments:
             **({"image_size": data.image_size} if "image_size" in known else {}),
             **self.shape,
         }
-        blocks = self.num_head_blocks
-        if blocks is None:
-            undivided = config_class(**fields, **{split: 0})
-            blocks = undivided.num_blocks if split == "num_head_blocks" else undivided.num_hidden_layers
-        return AutoModelForImageClassification.from_config(config_class(**fields, **{split: blocks}))
+        try:
+            blocks = self.num_head_blocks
+            if blocks is None:
+                undivided = config_class(**fields, **{split: 0})
+                blocks = undivided.num_blocks if split == "num_head_blocks" else undivided.num_hidden_layers
+            config = config_class(**fields, **{split: blocks})
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {error}") from error
+        return AutoModelForImageClassification.from_config(config)
 
 
 @dataclass(kw_only=True)
@@ -96,6 +106,26 @@ class VisionTrainingConfig(TrainingConfig):
     model: ClassifierArguments
     data: ImageDataConfig
     channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout of weights and images in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def plan(self, hardware: Hardware) -> Plan:
+        """What training as configured would take; of the data only the names of the classes are read."""
+        class_names = self.data.class_names()
+        with torch.device("meta"):
+            network = self.model.build(self.data, class_names).train().to(memory_format=self.memory_format)
+        size, channels = self.data.image_size, self.data.num_channels
+
+        def step(network: nn.Module) -> torch.Tensor:
+            images = torch.zeros(self.per_device_batch_size, channels, size, size)
+            labels = torch.zeros(len(images), len(class_names))
+            return network(images.contiguous(memory_format=self.memory_format), labels=labels).loss
+
+        cost = image_model_cost(network, size, channels, planned_nonzeros(network, self.sparsity))
+        return plan_training(self, hardware, network, step, cost, items_per_example=1)
 
 
 class VisionTask:
@@ -123,10 +153,9 @@ class VisionTask:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         set_seed(config.seed)
         self.model: nn.Module = config.model.build(config.data, training.class_names)
-        self.model.to(memory_format=self.memory_format)
+        self.model.to(memory_format=config.memory_format)
 
     def batches(self, position: Position | None) -> Iterator[Batch]:
         return iter(training_loader(self.training, position, self.config.data.num_workers))
@@ -135,7 +164,7 @@ class VisionTask:
         return len(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixel_values = batch["pixel_values"].contiguous(memory_format=self.memory_format)
+        pixel_values = batch["pixel_values"].contiguous(memory_format=self.config.memory_format)
         output = model(pixel_values=pixel_values, labels=batch["labels"], num_items_in_batch=num_items)
         return output.loss, output.head_losses
 
@@ -156,7 +185,9 @@ class VisionTask:
         )
         network = self.accelerator.unwrap_model(self.model).eval()
         with self.accelerator.autocast():
-            figures = score_classifier(network, evaluation_loader(batches, self.config.data.num_workers))
+            local = score_classifier(network, evaluation_loader(batches, self.config.data.num_workers))
+        scores = EnsembleScores(self.accelerator.reduce(local.sums, "sum"))
+        figures = scores.classifier_figures(network.config.vote)
         return {f"{prefix}_{name}": value for name, value in figures.items()}
 
 

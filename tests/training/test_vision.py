@@ -2,16 +2,22 @@
 """Training on images, end to end on a small folder in ImageNet's layout."""
 
 import json
+import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
+from runs import assert_resumed_exactly, copy_stopped, read_metrics
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -19,7 +25,7 @@ from nt_transformers.data.image_batches import EvaluationBatches
 from nt_transformers.data.images import ImageDataConfig, load_images
 from nt_transformers.sparsity import SparsityConfig
 from nt_transformers.training import parse_arguments
-from nt_transformers.training.metrics import TIMING_FIELDS
+from nt_transformers.training.plan import Hardware
 from nt_transformers.training.vision import ClassifierArguments, VisionTrainingConfig, train_image_classifier
 
 
@@ -91,11 +97,6 @@ def run_config(tmp_path: Path, image_folder: Path) -> RunConfig:
         )
 
     return make
-
-
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
 
 
 def test_from_a_folder_in_imagenets_layout_to_a_checkpoint_that_loads(
@@ -171,17 +172,9 @@ def test_resumed_equals_uninterrupted(
     resumed = run_config(
         network, data, sparsity, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint="latest"
     )
-    # What a crash just after checkpoint 4 and three more steps would leave.
-    shutil.copytree(whole.output_dir, resumed.output_dir)
-    for step in (6, 8):
-        shutil.rmtree(Path(resumed.output_dir) / "checkpoints" / f"step_{step}")
+    copy_stopped(whole.output_dir, resumed.output_dir, 4)
     train_image_classifier(resumed)
-    assert read_metrics(resumed.output_dir) == read_metrics(whole.output_dir)
-    ours, theirs = (
-        load_file(Path(config.output_dir) / "checkpoints" / "step_8" / "model.safetensors")
-        for config in (resumed, whole)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_resumed_exactly(resumed.output_dir, whole.output_dir)
 
 
 def test_batch_norms_see_the_same_batches_after_a_resume(run_config: RunConfig) -> None:
@@ -241,6 +234,21 @@ class TestBadInput:
         self.fails(run_config(model={"shape": {"depth": 11}}), "depth=11")
 
 
+def test_the_recipe_ends_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = RECIPES / "train_vision.py"
+    config = CONFIGS / "cifar10_wrn10_2_cpu.yaml"
+    options = [f"--config={config}", f"--data.train={tmp_path}", f"--output_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr("sys.argv", [str(recipe), *options])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert stop.value.code == 2
+    assert re.fullmatch(
+        r"train_vision.py: error: data: .* is no folder of image classes .*\n", capsys.readouterr().err
+    )
+
+
 def test_a_damaged_image_ends_training_with_its_name(
     run_config: RunConfig, tmp_path: Path, image_folder: Path
 ) -> None:
@@ -298,6 +306,105 @@ def test_published_parameter_counts(
     assert count("treenet") == pytest.approx(treenet, **close)
     assert count("full_ensemble") == pytest.approx(full_ensemble, **close)
     assert count() == pytest.approx(neurotrails, **close)
+
+
+def test_plan_of_a_published_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / f"{number:02d}").mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{number:02d}" / "0.png")
+    with pytest.raises(SystemExit) as stop:
+        load("cifar100_wrn28_10", None, f"--data.train={tmp_path}", "--plan")
+    assert stop.value.code == 0
+    printed = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed["parameters"] == "106.3 M"
+    assert printed["active parameters"] == "21.3 M"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments"), [({}, 1), ({"momentum": 0.0, "nesterov": False}, 0), ({"optimizer": "adam"}, 2)]
+)
+def test_plan_counts_what_the_optimizer_keeps(run_config: RunConfig, optimizer: dict[str, Any], moments: int) -> None:
+    memory = run_config(**optimizer).plan(Hardware(num_processes=1)).memory
+    assert memory.optimizer == moments * memory.weights
+
+
+def test_names_of_the_hubs_classes_need_no_images(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def builder(source: str, name: str | None) -> Any:
+        assert (source, name) == ("uoft-cs/cifar100", None)
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+        return SimpleNamespace(info=datasets.DatasetInfo(features=features))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    assert ImageDataConfig().class_names() == ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"does not name the classes of column 'img': set label_column"):
+        ImageDataConfig(label_column="img").class_names()
+
+
+MEASURE = """
+import json, sys
+import torch
+from nt_transformers.sparsity import Sparsifier
+from nt_transformers.training import parse_arguments
+from nt_transformers.training.optimization import build_optimizer
+from nt_transformers.training.vision import VisionTrainingConfig
+
+def peak():
+    # Not ru_maxrss, which a process takes over from the one that started it.
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+
+torch.set_num_threads(1)
+config = parse_arguments(VisionTrainingConfig, "", sys.argv[1:])
+before = peak()
+model = config.model.build(config.data, config.data.class_names()).train().to(memory_format=config.memory_format)
+optimizer = build_optimizer(model, config)
+sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=100)
+size = (config.per_device_batch_size, 3, config.data.image_size, config.data.image_size)
+images, labels = torch.randn(size).contiguous(memory_format=config.memory_format), torch.zeros(size[0]).long()
+for _ in range(2):
+    model(images, labels=labels).loss.backward()
+    optimizer.step()
+    sparsifier.step()
+    optimizer.zero_grad()
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "split", "shape", "size"),
+    [
+        ("wide_resnet", 2, {"depth": 10, "widen_factor": 4}, 32),
+        ("resnet", 3, {"depths": [1, 1, 1, 1]}, 96),
+        (
+            "vit",
+            4,
+            {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3},
+            96,
+        ),
+    ],
+    ids=["wide_resnet", "resnet", "vit"],
+)
+def test_planned_memory_is_what_training_takes(
+    image_folder: Path, model_type: str, split: int, shape: dict[str, Any], size: int
+) -> None:
+    options = {
+        "data.train": image_folder,
+        "data.image_size": size,
+        "global_batch_size": 64,
+        "per_device_batch_size": 64,
+        "model.model_type": f"neurotrails_{model_type}",
+        "model.num_head_blocks": split,
+        "model.shape": json.dumps(shape),
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    planned = load("cifar10_wrn10_2_cpu", None, *arguments).plan(Hardware(num_processes=1)).memory.total
+    root = Path(__file__).parents[2]
+    # Lets glibc return what is freed, which it would keep in part.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(root)}
+    files = ["--config", str(CONFIGS / "cifar10_wrn10_2_cpu.yaml")]
+    command = [sys.executable, "-c", MEASURE, *files, *arguments]
+    run = subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True, text=True)
+    assert planned == pytest.approx(int(run.stdout), rel=0.15)
 
 
 @pytest.mark.slow
