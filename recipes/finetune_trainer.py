@@ -3,6 +3,8 @@
 
 python recipes/finetune_trainer.py --model runs/demo --train data/demo --sparsity.density 0.9 \\
     --training.output_dir runs/finetuned --training.max_steps 200 --training.learning_rate 1e-4
+
+--training.resume_from_checkpoint DIR continues from one of Trainer's checkpoints.
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 import nt_transformers  # noqa: F401 (registers the models)
 from nt_transformers.data import load_documents, load_tokenizer
 from nt_transformers.sparsity import SparsityConfig
-from nt_transformers.training import SparsifierCallback, parse_arguments
+from nt_transformers.training import SparsifierCallback, run_recipe
 
 
 @dataclass(kw_only=True)
@@ -37,7 +39,14 @@ class FinetuningConfig:
 
 
 def main() -> None:
-    config = parse_arguments(FinetuningConfig, __doc__)
+    run_recipe(FinetuningConfig, finetune, __doc__)
+
+
+def finetune(config: FinetuningConfig) -> None:
+    try:
+        arguments = TrainingArguments(**config.training)
+    except TypeError as error:
+        raise ValueError(f"training={config.training}: no fields of TrainingArguments ({error})") from error
     if config.sparsity.mask_init is None:
         config.sparsity.mask_init = "magnitude"
     tokenizer = load_tokenizer(config.model)
@@ -49,13 +58,13 @@ def main() -> None:
     )
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**config.training),
+        args=arguments,
         train_dataset=data,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
         callbacks=[SparsifierCallback(config.sparsity)],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     # Processes that end with the group still open are aborted.
     trainer.accelerator.end_training()

@@ -7,12 +7,12 @@ A second --config overrides the first (recipes/configs/vision_variants/), any fi
 --field value: ... --config recipes/configs/vision_variants/single.yaml --data.train FOLDER --output_dir runs/single
 """
 
-from nt_transformers.training import parse_arguments
+from nt_transformers.training import run_recipe
 from nt_transformers.training.vision import VisionTrainingConfig, train_image_classifier
 
 
 def main() -> None:
-    train_image_classifier(parse_arguments(VisionTrainingConfig, __doc__))
+    run_recipe(VisionTrainingConfig, train_image_classifier, __doc__)
 
 
 if __name__ == "__main__":

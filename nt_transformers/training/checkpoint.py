@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.serialization import config as serialization_config
 
 from .files import PARTIAL_SUFFIX, partial_path, sync
 
@@ -46,7 +47,7 @@ def save_checkpoint(
     partial = partial_path(folder)
     writers: dict[str, Callable[[Path], object]] = {
         "model.safetensors": lambda path: save_file(weights, path, metadata={"format": "pt"}),
-        "training.pt": lambda path: torch.save(training, path),
+        "training.pt": lambda path: _save_training(training, path),
         "state.json": lambda path: path.write_text(json.dumps(state, indent=2), encoding="utf-8"),
     }
     try:
@@ -179,12 +180,23 @@ def rotate_checkpoints(root: Path, keep_last: int, keep_every: int | None = None
         kept = {*usable[-keep_last:], *(f for f in usable if keep_every and _step(f) % keep_every == 0)}
         for folder in set(folders) - kept:
             _remove(folder)
+    remove_leftovers(root)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Deletes what interrupted saves and deletions left behind under `root`."""
     for leftover in root.glob(f"*{PARTIAL_SUFFIX}"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def _save_training(training: dict[str, Any], path: Path) -> None:
+    # The manifest holds a hash of the whole file: checksums of each tensor would take as long as writing it.
+    with serialization_config.patch("save.compute_crc32", False):
+        torch.save(training, path)
 
 
 def _write_sealed(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:

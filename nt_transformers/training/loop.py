@@ -31,6 +31,7 @@ from .checkpoint import (
     check_checkpoint,
     load_checkpoint,
     newest_checkpoint,
+    remove_leftovers,
     rotate_checkpoints,
     save_checkpoint,
 )
@@ -111,7 +112,8 @@ class TrainingLoop:
         if accelerator.is_fsdp2:
             check_shardable(task.model)
         checkpoint = self._find_resume_point()
-        self.model, self.optimizer = accelerator.prepare(task.model, build_optimizer(task.model, config))
+        optimizer = build_optimizer(task.model, config, sharded=accelerator.is_fsdp2)
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.network = accelerator.unwrap_model(self.model)
         self.sparsifier = Sparsifier(
             self.network, self.optimizer.optimizer, config.sparsity, total_steps=config.max_steps
@@ -350,6 +352,8 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             try:
                 if name == "latest":
+                    # A run that was killed after its last checkpoint writes no other one.
+                    remove_leftovers(self.checkpoints)
                     found = [newest_checkpoint(self.checkpoints, print)]
                 else:
                     check_checkpoint(Path(name))
@@ -384,10 +388,13 @@ class TrainingLoop:
         self._resume_process(training["processes"])
         self.accelerator.print(f"resuming {folder} at step {self.step} of {self.config.max_steps}")
         if state["batch_split"] != self._batch_split():
+            normalized = any(name.endswith("running_mean") for name in weights)
             self.accelerator.print(
                 f"the global batch was split by {state['batch_split']}, now by {self._batch_split()}: weights, masks, "
                 "optimizer, schedules and data position continue exactly; sums over the batch are rounded in another "
                 "order, and random draws other than those of data and masks (dropout) are not those of the former run"
+                + "; running statistics of batch norms will be those of other batches"
+                * normalized
             )
 
     def _resume_process(self, processes: list[dict[str, Any]]) -> None:

@@ -9,8 +9,11 @@ from torch import nn
 from .config import TrainingConfig
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; weight decay on matrices and convolutions only."""
+def build_optimizer(model: nn.Module, config: TrainingConfig, *, sharded: bool = False) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; weight decay on matrices and convolutions only.
+
+    `sharded` says that the parameters are, or will be, sharded by FSDP2.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -18,8 +21,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
+        # DTensor has no fused SGD.
         return torch.optim.SGD(
-            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
+            groups,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            fused=not sharded,
         )
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return optimizer_class(

@@ -83,7 +83,8 @@ def unsharded(network: PreTrainedModel, weights: dict[str, torch.Tensor]) -> Pre
         # A sharded model's class builds the class that it was before.
         plain = type(network)(network.config)
     plain.load_state_dict(weights, assign=True)
-    plain.generation_config = network.generation_config
+    if plain.can_generate():
+        plain.generation_config = network.generation_config
     return plain
 
 

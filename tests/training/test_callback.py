@@ -16,6 +16,8 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from launching import launch
+from runs import assert_equal
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -281,6 +283,54 @@ def test_the_recipe_fine_tunes_a_sparse_checkpoint(
     for model in (before, after):
         matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
         assert sum(int(p.count_nonzero()) for p in matrices) <= 0.5 * sum(p.numel() for p in matrices)
+
+
+def test_the_recipe_names_a_field_that_does_not_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(RECIPE), "--model=a", "--train=b", "--sparsity={}", "--training.max_step=3"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    assert stop.value.code == 2
+    assert "finetune_trainer.py: error: training={'max_step': 3}: no fields" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_recipe_resumes_bit_for_bit(
+    make_trainer: MakeTrainer, tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path, processes: int
+) -> None:
+    make_trainer("trained", save_steps=8).train()
+    checkpoint = tmp_path / "trained" / "checkpoint-8"
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(checkpoint)
+    training = {"max_steps": 8, "logging_steps": 2, "save_steps": 2, "learning_rate": 0.03, "warmup_steps": 3}
+    quiet = {"use_cpu": True, "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True}
+
+    def finetune(folder: Path, **fields: Any) -> None:
+        options = {"output_dir": folder, "per_device_train_batch_size": 4, **training, **quiet, **fields}
+        source = [f"--model={checkpoint}", f"--train={corpus_dir}", "--max_length=16"]
+        sparsity = ["--sparsity.density=0.5", "--sparsity.update_interval=2", "--sparsity.stop_fraction=1.0"]
+        launch(
+            processes, RECIPE, *source, *sparsity, *(f"--training.{name}={value}" for name, value in options.items())
+        )
+
+    def left(folder: Path) -> dict[str, Any]:
+        state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
+        optimizer = torch.load(folder / "checkpoint-8" / "optimizer.pt")
+        assert sorted(path.name for path in folder.glob("checkpoint-8/rng_state*")) == (
+            ["rng_state.pth"] if processes == 1 else ["rng_state_0.pth", "rng_state_1.pth"]
+        )
+        return {
+            "log": state["log_history"],
+            "optimizer": optimizer,
+            "weights": load_file(folder / "model.safetensors"),
+        }
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    finetune(whole)
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-6", "checkpoint-8", "model.safetensors"))
+    finetune(resumed, resume_from_checkpoint=resumed / "checkpoint-4")
+    assert_equal(left(resumed), left(whole))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import assert_resumed_exactly, copy_stopped
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
@@ -100,17 +101,19 @@ def test_a_neurotrails_checkpoint_goes_on_with_its_own_masks(
 
 
 def test_resumed_equals_uninterrupted(continued_config: ContinuedConfig, dense_dir: Path, tmp_path: Path) -> None:
-    whole = continued_config(dense_dir, {**SPLIT, "noise": 0.1}, output_dir=str(tmp_path / "whole"))
-    train_language_model(whole)
-    resumed = continued_config(
-        dense_dir,
-        {**SPLIT, "noise": 0.1},
-        output_dir=str(tmp_path / "resumed"),
-        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoints" / "step_4"),
+    whole, resumed = (
+        continued_config(
+            dense_dir,
+            {**SPLIT, "noise": 0.1},
+            output_dir=str(tmp_path / name),
+            resume_from_checkpoint="latest",
+        )
+        for name in ("whole", "resumed")
     )
+    train_language_model(whole)
+    copy_stopped(whole.output_dir, resumed.output_dir, 4)
     train_language_model(resumed)
-    weights = [load_file(Path(config.output_dir) / "model.safetensors") for config in (whole, resumed)]
-    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert_resumed_exactly(resumed.output_dir, whole.output_dir)
 
 
 class TestBadInput:

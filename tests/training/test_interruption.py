@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from launching import launch
-from test_text import RunConfig, read_metrics
+from runs import read_metrics
+from test_text import RunConfig
 
 from nt_transformers.training import Interrupted, NonFiniteError, TextTask, interruption, train_language_model
 from nt_transformers.training.checkpoint import find_damage, list_checkpoints, load_checkpoint

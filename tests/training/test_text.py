@@ -2,49 +2,21 @@
 """Training on text, end to end on a tiny corpus."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import assert_equal, assert_resumed_exactly, copy_stopped, read_metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nt_transformers.analysis import count_nonzeros, language_model_cost
 from nt_transformers.training import TextTrainingConfig, checkpoint, train_language_model
-from nt_transformers.training.metrics import TIMING_FIELDS
 
 
 RunConfig = Callable[..., TextTrainingConfig]
-
-
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_FIELDS} for line in lines]
-
-
-def assert_equal_nested(left: Any, right: Any) -> None:
-    assert type(left) is type(right)
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_equal_nested(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for a, b in zip(left, right, strict=True):
-            assert_equal_nested(a, b)
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    else:
-        assert left == right
-
-
-def assert_same_checkpoint(left: Path, right: Path) -> None:
-    assert_equal_nested(load_file(left / "model.safetensors"), load_file(right / "model.safetensors"))
-    assert_equal_nested(torch.load(left / "training.pt"), torch.load(right / "training.pt"))
-    assert json.loads((left / "state.json").read_text()) == json.loads((right / "state.json").read_text())
 
 
 def test_a_run_leaves_a_checkpoint_that_loads(run_config: RunConfig) -> None:
@@ -132,17 +104,9 @@ def test_resumed_equals_uninterrupted(
     resumed = run_config(
         data=data, sparsity=sparsity, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint="latest"
     )
-    # What a crash just after checkpoint `stop` and three more steps would leave.
-    shutil.copytree(whole.output_dir, resumed.output_dir)
-    for folder in (Path(resumed.output_dir) / "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step_")) > stop:
-            shutil.rmtree(folder)
+    copy_stopped(whole.output_dir, resumed.output_dir, stop)
     train_language_model(resumed)
-
-    assert read_metrics(resumed.output_dir) == read_metrics(whole.output_dir)
-    for step in range(stop + 2, 9, 2):
-        name = f"checkpoints/step_{step}"
-        assert_same_checkpoint(Path(whole.output_dir) / name, Path(resumed.output_dir) / name)
+    assert_resumed_exactly(resumed.output_dir, whole.output_dir, tuple(range(stop + 2, 9, 2)))
 
 
 def test_accumulation_equals_one_large_batch(run_config: RunConfig, tmp_path: Path) -> None:
@@ -156,7 +120,7 @@ def test_accumulation_equals_one_large_batch(run_config: RunConfig, tmp_path: Pa
         }
         for config in runs
     )
-    assert_equal_nested(small["masks"], large["masks"])
+    assert_equal(small["masks"], large["masks"])
     for name, weight in small["weights"].items():
         torch.testing.assert_close(weight, large["weights"][name], rtol=1e-3, atol=1e-4)
 
@@ -263,6 +227,15 @@ def test_a_checkpoint_is_hashed_once_and_taken_only_if_whole(
     else:
         with pytest.raises(ValueError, match="step_8 cannot be resumed: state.json is not as it was written"):
             train_language_model(again)
+
+
+def test_nothing_is_left_of_a_deletion_that_was_killed_after_the_last_checkpoint(run_config: RunConfig) -> None:
+    config = run_config(resume_from_checkpoint="latest")
+    train_language_model(config)
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    (checkpoints / "step_6").rename(checkpoints / "step_6.partial.partial")
+    train_language_model(config)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_2", "step_4", "step_8"]
 
 
 def test_a_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
