@@ -388,13 +388,11 @@ class TrainingLoop:
         self._resume_process(training["processes"])
         self.accelerator.print(f"resuming {folder} at step {self.step} of {self.config.max_steps}")
         if state["batch_split"] != self._batch_split():
-            normalized = any(name.endswith("running_mean") for name in weights)
             self.accelerator.print(
                 f"the global batch was split by {state['batch_split']}, now by {self._batch_split()}: weights, masks, "
                 "optimizer, schedules and data position continue exactly; sums over the batch are rounded in another "
-                "order, and random draws other than those of data and masks (dropout) are not those of the former run"
-                + "; running statistics of batch norms will be those of other batches"
-                * normalized
+                "order; random draws other than those of data and masks (dropout) and running statistics of batch "
+                "norms are not those of the former run"
             )
 
     def _resume_process(self, processes: list[dict[str, Any]]) -> None:
