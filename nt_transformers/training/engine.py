@@ -71,6 +71,13 @@ def check_shardable(model: nn.Module) -> None:
         )
 
 
+def name_sharded_units(model: nn.Module) -> None:
+    """Lets a model name only those units of sharding that it has: accelerate refuses others."""
+    present = {type(module).__name__ for module in model.modules()}
+    names = getattr(model, "_no_split_modules", None) or []
+    model._no_split_modules = [name for name in names if name in present]  # type: ignore[assignment]
+
+
 @contextmanager
 def root_gathered(network: nn.Module) -> Iterator[None]:
     """Lets parts of a sharded network be called by themselves.

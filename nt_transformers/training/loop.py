@@ -36,7 +36,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainingConfig
-from .engine import check_shardable, root_gathered
+from .engine import check_shardable, name_sharded_units, root_gathered
 from .export import remove_export
 from .interruption import Interrupted, StopSignals
 from .metrics import MetricsLog
@@ -111,6 +111,7 @@ class TrainingLoop:
 
         if accelerator.is_fsdp2:
             check_shardable(task.model)
+            name_sharded_units(task.model)
         checkpoint = self._find_resume_point()
         optimizer = build_optimizer(task.model, config, sharded=accelerator.is_fsdp2)
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
