@@ -195,7 +195,7 @@ def _step(folder: Path) -> int:
 
 def _save_training(training: dict[str, Any], path: Path) -> None:
     # The manifest holds a hash of the whole file: checksums of each tensor would take as long as writing it.
-    with serialization_config.patch("save.compute_crc32", False):
+    with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(training, path)
 
 

@@ -116,7 +116,8 @@ class VisionTrainingConfig(TrainingConfig):
         """What training as configured would take; of the data only the names of the classes are read."""
         class_names = self.data.class_names()
         with torch.device("meta"):
-            network = self.model.build(self.data, class_names).train().to(memory_format=self.memory_format)
+            network = self.model.build(self.data, class_names).train()
+        nn.Module.to(network, memory_format=self.memory_format)
         size, channels = self.data.image_size, self.data.num_channels
 
         def step(network: nn.Module) -> torch.Tensor:
@@ -141,6 +142,12 @@ class VisionTask:
     items: Literal["images"] = "images"
 
     def __init__(self, config: VisionTrainingConfig, accelerator: Accelerator) -> None:
+        check(
+            not (config.channels_last and accelerator.is_fsdp2),
+            "channels_last",
+            True,
+            "FSDP2 shards contiguous weights only; set channels_last: false, or train with DDP",
+        )
         self.config = config
         self.accelerator = accelerator
         training, self.validation = config.data.load_train()

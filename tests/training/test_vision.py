@@ -26,7 +26,12 @@ from nt_transformers.data.images import ImageDataConfig, load_images
 from nt_transformers.sparsity import SparsityConfig
 from nt_transformers.training import parse_arguments
 from nt_transformers.training.plan import Hardware
-from nt_transformers.training.vision import ClassifierArguments, VisionTrainingConfig, train_image_classifier
+from nt_transformers.training.vision import (
+    ClassifierArguments,
+    VisionTask,
+    VisionTrainingConfig,
+    train_image_classifier,
+)
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -208,6 +213,11 @@ def test_the_whole_family_trains_dense(run_config: RunConfig, network: str, mode
     if heads == 2:
         backbone = [n for n, _ in loaded.named_parameters() if "backbone" in n]
         assert not backbone, "every block is a head's own"
+
+
+def test_fsdp_does_not_shard_channels_last(run_config: RunConfig) -> None:
+    with pytest.raises(ValueError, match="channels_last=True: FSDP2 shards contiguous weights only.*DDP"):
+        VisionTask(run_config(channels_last=True), SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
 
 
 class TestBadInput:

@@ -228,7 +228,8 @@ class NeuroTrailsResNetModel(NeuroTrailsResNetPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The stem, which FSDP shards by itself; without a backbone that of the first head."""
-        return self.heads[0].stem if self.backbone.stem is None else self.backbone.stem
+        owner: Any = self.heads[0] if self.backbone.stem is None else self.backbone
+        return owner.stem
 
     @can_return_tuple
     def forward(

@@ -111,7 +111,7 @@ def wide_resnet(sources: Sources, **fields: Any) -> VisionTrainingConfig:
 
 def resnet(sources: Sources, **fields: Any) -> VisionTrainingConfig:
     shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    return images(sources, "resnet", shape, channels_last=True, **fields)
+    return images(sources, "resnet", shape, **fields)
 
 
 def vit(sources: Sources, **fields: Any) -> VisionTrainingConfig:
