@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import PreTrainedModel
 
 from .config import TrainingConfig
 
@@ -71,10 +72,13 @@ def check_shardable(model: nn.Module) -> None:
         )
 
 
-def name_sharded_units(model: nn.Module) -> None:
-    """Lets a model name only those units of sharding that it has: accelerate refuses others."""
-    present = {type(module).__name__ for module in model.modules()}
-    names = getattr(model, "_no_split_modules", None) or []
+def name_sharded_units(model: PreTrainedModel) -> None:
+    """Lets a model name only those units of sharding that accelerate can shard: it has them, and they do not hold the
+    input embeddings, which become a unit of their own."""
+    embeddings = model.get_input_embeddings()
+    holders = {type(module).__name__ for module in model.modules() if embeddings in list(module.modules())[1:]}
+    present = {type(module).__name__ for module in model.modules()} - holders
+    names = model._no_split_modules or []
     model._no_split_modules = [name for name in names if name in present]  # type: ignore[assignment]
 
 

@@ -162,7 +162,7 @@ class VisionTask:
         )
         set_seed(config.seed)
         self.model: nn.Module = config.model.build(config.data, training.class_names)
-        self.model.to(memory_format=config.memory_format)
+        nn.Module.to(self.model, memory_format=config.memory_format)
 
     def batches(self, position: Position | None) -> Iterator[Batch]:
         return iter(training_loader(self.training, position, self.config.data.num_workers))
