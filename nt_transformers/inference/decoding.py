@@ -131,6 +131,7 @@ class Decoder:
         ]
         return (
             all(isinstance(module, SparseLinear) and module.bias is None for module in linear)
+            and len({module.values.dtype for module in linear}) == 1
             and config.hidden_act == "silu"
             and config.head_dim % 16 == 0
             and config.head_dim <= LARGEST_HEAD

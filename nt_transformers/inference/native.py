@@ -21,13 +21,14 @@ from .matrix import SparseMatrix
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 # The flags that each instruction set needs, and the processor features that it asks for.
 INSTRUCTION_SETS = {
     "avx512": (
-        ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vpopcntdq"),
-        {"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2", "avx512_vpopcntdq"},
+        ("-march=x86-64-v4", *(f"-mavx512{part}" for part in ("vbmi", "vbmi2", "vpopcntdq", "bitalg", "vnni"))),
+        {"avx512f", "avx512bw", "avx512vl", "avx512vbmi"}
+        | {f"avx512_{part}" for part in ("vbmi2", "vpopcntdq", "bitalg", "vnni")},
     ),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
     "portable": ((), set()),
@@ -45,6 +46,7 @@ class Matrix(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("starts", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
         ("type", ctypes.c_int32),
     )
 
@@ -60,8 +62,10 @@ class KernelMatrix:
         matrix.check()
         counts = matrix.row_counts()
         bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
-        self._memory = (bitmap, matrix.values.contiguous(), counts.cumsum(0) - counts, matrix.scales)
-        pointers = (None if part is None else part.data_ptr() for part in self._memory)
+        starts = counts.cumsum(0) - counts
+        sums = None if matrix.scales is None else _row_sums(matrix.values, starts, counts)
+        self.memory = (bitmap, matrix.values.contiguous(), starts, matrix.scales, sums)
+        pointers = (None if part is None else part.data_ptr() for part in self.memory)
         self.structure = Matrix(*matrix.shape, *pointers, _TYPES[matrix.values.dtype])
         self._kernels = kernels()
 
@@ -107,7 +111,7 @@ def build(name: str, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         built = Path(scratch) / output.name
-        command = [compiler, *FLAGS, *INSTRUCTION_SETS[name][0], str(SOURCE), "-o", str(built)]
+        command = [compiler, *FLAGS, *INSTRUCTION_SETS[name][0], str(SOURCES / "kernels.cpp"), "-o", str(built)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
             raise OSError(f"{' '.join(command)} failed:\n{run.stderr.strip()[-2000:]}")
@@ -126,7 +130,8 @@ def kernels() -> ctypes.CDLL:
 
 @functools.cache
 def _load(name: str) -> ctypes.CDLL:
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, INSTRUCTION_SETS[name][0])).encode()).hexdigest()
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    digest = hashlib.sha256(sources + repr((FLAGS, INSTRUCTION_SETS[name][0])).encode()).hexdigest()
     path = _cache_folder() / f"kernels-{name}-{platform.machine()}-{digest[:16]}.so"
     if not path.exists():
         build(name, path)
@@ -137,6 +142,11 @@ def _load(name: str) -> ctypes.CDLL:
     library.nt_decode.argtypes = (pointer, *buffers, choice, integer, integer, *buffers, choice)
     library.nt_multiply.restype = library.nt_decode.restype = None
     return library
+
+
+def _row_sums(values: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    totals = torch.cat([torch.zeros(1, dtype=torch.int64), values.cumsum(0, dtype=torch.int64)])
+    return (totals[starts + counts] - totals[starts]).int()
 
 
 def _cache_folder() -> Path:
