@@ -170,9 +170,8 @@ def linear_bandwidth(model: PreTrainedModel, rounds: int) -> float:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of parameters and buffers, and of what the kernels keep besides."""
-    kernels = [module.kernel for module in model.modules() if isinstance(module, SparseLinear)]
-    tensors = [*model.parameters(), *model.buffers(), *(part for kernel in kernels for part in kernel.memory)]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor is not None}.values())
+    indices = (module.kernel.index for module in model.modules() if isinstance(module, SparseLinear))
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *indices))
 
 
 def main() -> None:

@@ -117,6 +117,10 @@ class Decoder:
         # What the plans point to.
         self._memory: list[Any] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes plans of its own weights.
+        return self.__dict__ | {"_plans": {}, "_memory": []}
+
     @staticmethod
     def supports(model: nn.Module) -> bool:
         """Whether the kernels can run the decoder layers of `model`."""

@@ -22,7 +22,7 @@ from .matrix import SparseMatrix
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("kernels")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-O3", "-std=c++17", "-Wno-psabi", "-fPIC", "-shared", "-fopenmp")
 # The flags that each instruction set needs, and the processor features that it asks for.
 INSTRUCTION_SETS = {
     "avx512": (
@@ -51,23 +51,46 @@ class Matrix(ctypes.Structure):
     )
 
 
+# Rows, columns, density to a tenth, type of the values, whether there is a bitmap: what the time of a product is
+# made of.
+Kind = tuple[int, int, int, int, bool]
+
+
 class KernelMatrix:
     """A `SparseMatrix` as the kernels read it; keeps the memory that it points to.
 
+    Args:
+        matrix: The matrix.
+        index: int64 [1, rows], where in the values each row begins, and for int8 [2, rows], also the sum of its
+            values; computed unless given.
+
     Raises:
-        ValueError: the parts of the matrix do not belong together.
+        ValueError: the parts of the matrix do not belong together (checked unless `index` is given).
     """
 
-    def __init__(self, matrix: SparseMatrix) -> None:
-        matrix.check()
-        counts = matrix.row_counts()
+    def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None) -> None:
+        self._matrix = matrix
+        if index is None:
+            matrix.check()
+            index = _index(matrix)
+        self.index = index
         bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
-        starts = counts.cumsum(0) - counts
-        sums = None if matrix.scales is None else _row_sums(matrix.values, starts, counts)
-        self.memory = (bitmap, matrix.values.contiguous(), starts, matrix.scales, sums)
-        pointers = (None if part is None else part.data_ptr() for part in self.memory)
+        sums = index[1] if len(index) > 1 else None
+        self._memory = (bitmap, matrix.values.contiguous(), index[0], matrix.scales, sums)
+        pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, _TYPES[matrix.values.dtype])
         self._kernels = kernels()
+
+    def __reduce__(self) -> tuple[type[KernelMatrix], tuple[SparseMatrix, torch.Tensor]]:
+        # Copies point to memory of their own.
+        return KernelMatrix, (self._matrix, self.index)
+
+    @property
+    def kind(self) -> Kind:
+        """What matrices that take the same time have in common."""
+        rows, columns = self._matrix.shape
+        tenths = round(10 * self._matrix.nonzeros / max(rows * columns, 1))
+        return rows, columns, tenths, self.structure.type, self._matrix.bitmap is not None
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, columns] times the transposed matrix: [tokens, rows], both float32."""
@@ -77,6 +100,12 @@ class KernelMatrix:
         y = torch.empty(len(x), self.structure.rows)
         self._kernels.nt_multiply(self.structure, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads())
         return y
+
+    def to_dense(self) -> torch.Tensor:
+        """The whole matrix in float32."""
+        dense = torch.empty(self.structure.rows, self.structure.columns)
+        self._kernels.nt_to_dense(self.structure, dense.data_ptr(), torch.get_num_threads())
+        return dense
 
 
 def available() -> bool:
@@ -140,13 +169,19 @@ def _load(name: str) -> ctypes.CDLL:
     library.nt_multiply.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, integer, choice)
     buffers = (pointer, pointer, pointer)
     library.nt_decode.argtypes = (pointer, *buffers, choice, integer, integer, *buffers, choice)
-    library.nt_multiply.restype = library.nt_decode.restype = None
+    library.nt_to_dense.argtypes = (ctypes.POINTER(Matrix), pointer, choice)
+    library.nt_multiply.restype = library.nt_to_dense.restype = library.nt_decode.restype = None
     return library
 
 
-def _row_sums(values: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    totals = torch.cat([torch.zeros(1, dtype=torch.int64), values.cumsum(0, dtype=torch.int64)])
-    return (totals[starts + counts] - totals[starts]).int()
+def _index(matrix: SparseMatrix) -> torch.Tensor:
+    counts = matrix.row_counts()
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    if matrix.values.dtype != torch.int8:
+        return starts[None]
+    totals = torch.cat([torch.zeros(1, dtype=torch.int64), matrix.values.cumsum(0, dtype=torch.int64)])
+    return torch.stack([starts, totals[ends] - totals[starts]])
 
 
 def _cache_folder() -> Path:

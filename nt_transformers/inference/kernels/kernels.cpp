@@ -28,6 +28,12 @@ void nt_multiply(const NtMatrix* a, const float* x, float* y, int64_t tokens, in
   with_type(a->type, [&](auto value) { multiply<decltype(value)>(*a, x, y, tokens); });
 }
 
+// dense [rows, columns], float32.
+void nt_to_dense(const NtMatrix* a, float* dense, int32_t threads) {
+  omp_set_num_threads(threads);
+  with_type(a->type, [&](auto value) { to_dense<decltype(value)>(*a, dense); });
+}
+
 // The next token of one text through all layers: out [heads, hidden], after the final norms.
 //
 // stems [1 or heads, hidden]: the token's embedding, one for each head where there is no backbone; cosine, sine

@@ -33,7 +33,7 @@ struct NtMatrix {
   const void* values;      // of the existing weights, row by row
   const int64_t* starts;   // [rows], where in `values` each row begins
   const float* scales;     // [rows] for int8, else null
-  const int32_t* sums;     // [rows], the sum of the values, for int8, else null
+  const int64_t* sums;     // [rows], the sum of the values, for int8, else null
   int32_t type;            // see Type
 };
 

@@ -181,4 +181,24 @@ template <typename V> void multiply(const NtMatrix& a, const float* x, float* y,
   }
 }
 
+// The matrix [rows, columns] as float32.
+template <typename V> void to_dense(const NtMatrix& a, float* out) {
+  const int64_t words = words_per_row(a.columns);
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const V* values = static_cast<const V*>(a.values) + a.starts[row];
+    float* to = out + row * a.columns;
+    if (a.bitmap == nullptr) {
+      for (int64_t column = 0; column < a.columns; ++column) to[column] = to_float(values[column]);
+    } else {
+      std::memset(to, 0, sizeof(float) * a.columns);
+      for (int64_t word = 0; word < words; ++word)
+        for (uint32_t bits = a.bitmap[row * words + word]; bits; bits &= bits - 1)
+          to[word * kBits + __builtin_ctz(bits)] = to_float(*values++);
+    }
+    if (a.scales)
+      for (int64_t column = 0; column < a.columns; ++column) to[column] *= a.scales[row];
+  }
+}
+
 }  // namespace

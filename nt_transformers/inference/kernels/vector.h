@@ -167,7 +167,7 @@ template <> struct Dot<int8_t> {
       sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_load_si512(digits + 64 * i), weights);
   }
   float total(const NtMatrix& a, int64_t row, const Input& x) const {
-    int64_t sum = -(static_cast<int64_t>(a.sums[row]) << 23);
+    int64_t sum = a.sums[row] * -(1 << 23);
     for (int i = 0; i < 3; ++i) sum += static_cast<int64_t>(_mm512_reduce_add_epi32(sums[i])) * (1 << 8 * i);
     return static_cast<float>(sum) * x.scale() * a.scales[row];
   }
