@@ -22,6 +22,7 @@ bfloat16 and float32; the faster counts). Figures are ratios of tokens/s of `gen
 import argparse
 import time
 from collections.abc import Iterable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from bandwidth import read_bandwidth
 from harness import parse_args, report, time_interleaved
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 
@@ -101,19 +103,25 @@ def networks(densities: list[float], values: list[str]) -> dict[str, PreTrainedM
     return models
 
 
-def decode(model: PreTrainedModel, context: torch.Tensor, tokens: int) -> list[float]:
-    """Seconds for each of `tokens` decoded tokens."""
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, context: torch.Tensor) -> Cache:
+    """The key-value cache of a text."""
+    return model(input_ids=context, use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, context: torch.Tensor, cache: Cache, tokens: int) -> list[float]:
+    """Seconds for each of `tokens` decoded tokens; the cache of the context is left as it was."""
     stopwatch = Stopwatch()
-    with torch.inference_mode():
-        cache = model(input_ids=context[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        model.generate(
-            context,
-            attention_mask=torch.ones_like(context),
-            past_key_values=cache,
-            max_new_tokens=tokens + 1,
-            do_sample=False,
-            streamer=stopwatch,
-        )
+    cache.crop(context.shape[1] - 1 - cache.get_seq_length())
+    model.generate(
+        context,
+        attention_mask=torch.ones_like(context),
+        past_key_values=cache,
+        max_new_tokens=tokens + 1,
+        do_sample=False,
+        streamer=stopwatch,
+    )
     return stopwatch.seconds()
 
 
@@ -122,10 +130,11 @@ def decoding_seconds(
 ) -> dict[str, float]:
     """Median seconds per token of the models `names`, in turn, after contexts of [batch, tokens]."""
     context = torch.randint(SHAPE["vocab_size"], shape)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    caches = {name: prefill(models[name], context) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in caches}
     for round_index in range(rounds + 1):
-        for name in times:
-            seconds = decode(models[name], context, tokens)
+        for name, cache in caches.items():
+            seconds = decode(models[name], context, cache, tokens)
             if round_index > 0:
                 times[name] += seconds
     return {name: median(seconds) for name, seconds in times.items()}
@@ -148,12 +157,7 @@ def decoding_ratios(seconds: dict[str, float]) -> dict[str, float]:
 def prefill_seconds(models: dict[str, PreTrainedModel], names: Iterable[str], rounds: int) -> dict[str, float]:
     """Median seconds for a text of 512 tokens."""
     context = torch.randint(SHAPE["vocab_size"], (1, 512))
-
-    @torch.inference_mode()
-    def prefill(model: PreTrainedModel) -> None:
-        model(input_ids=context, use_cache=True, logits_to_keep=1)
-
-    return time_interleaved({name: lambda name=name: prefill(models[name]) for name in names}, rounds)
+    return time_interleaved({name: partial(prefill, models[name], context) for name in names}, rounds)
 
 
 def linear_bandwidth(model: PreTrainedModel, rounds: int) -> float:

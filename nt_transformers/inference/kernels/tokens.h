@@ -139,8 +139,9 @@ template <typename V, int Registers> void multiply_tiles(const NtMatrix& a, cons
       const int64_t last_token = std::min(tokens, (tile + 1) * width);
       float* out = packed.data() + part * kBits * width;
       std::memset(out, 0, sizeof(float) * kBits * width);
-      for (int64_t column = first; column < std::min(a.columns, first + kBits); ++column)
-        for (int64_t token = tile * width; token < last_token; ++token)
+      // Token by token: tokens lie pages apart in x, and would push each other out of the cache.
+      for (int64_t token = tile * width; token < last_token; ++token)
+        for (int64_t column = first; column < std::min(a.columns, first + kBits); ++column)
           out[(column - first) * width + token - tile * width] = x[token * a.columns + column];
     }
     Unpacked unpacked(kColumnBlock<Registers>);
