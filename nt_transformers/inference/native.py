@@ -124,8 +124,13 @@ def instruction_set() -> str:
         if chosen not in INSTRUCTION_SETS:
             raise ValueError(f"NT_TRANSFORMERS_INSTRUCTION_SET={chosen!r}: choose from {', '.join(INSTRUCTION_SETS)}.")
         return chosen
+    return supported_instruction_sets()[0]
+
+
+def supported_instruction_sets() -> list[str]:
+    """Those of `INSTRUCTION_SETS` that this processor has, the best first."""
     features = _processor_features()
-    return next(name for name, (_, needed) in INSTRUCTION_SETS.items() if needed <= features)
+    return [name for name, (_, needed) in INSTRUCTION_SETS.items() if needed <= features]
 
 
 def build(name: str, output: Path) -> None:

@@ -83,7 +83,7 @@ def _quicker_dense(matrix: native.KernelMatrix, tokens: int) -> bool:
     return _timed[key]
 
 
-def _seconds(function: Callable[[], object], repeats: int = 3) -> float:
+def _seconds(function: Callable[[], object], repeats: int = 2) -> float:
     """The shortest of a few calls, after one to warm up."""
     function()
     durations = []

@@ -22,11 +22,6 @@ def random_matrix(rows: int, columns: int, density: float) -> torch.Tensor:
     return weight * (torch.rand(rows, columns, generator=generator) < density)
 
 
-def supported() -> list[str]:
-    features = native._processor_features()
-    return [name for name, (_, needed) in native.INSTRUCTION_SETS.items() if needed <= features]
-
-
 @pytest.mark.parametrize("values", get_args(Values))
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize("density", DENSITIES)
@@ -52,7 +47,7 @@ def test_size_is_that_of_the_values_and_one_bit_a_weight(values: Values) -> None
     assert matrix.nbytes <= 1.02 * (matrix.nonzeros * DTYPES[values].itemsize + weight.numel() / 8)
 
 
-@pytest.mark.parametrize("instruction_set", supported())
+@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
 @pytest.mark.parametrize("values", get_args(Values))
 def test_products_equal_those_of_the_dense_matrix(
     instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch

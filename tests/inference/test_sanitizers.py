@@ -11,11 +11,8 @@ import pytest
 from nt_transformers.inference import native
 
 
-SUPPORTED = [name for name, (_, needed) in native.INSTRUCTION_SETS.items() if needed <= native._processor_features()]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", SUPPORTED)
+@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
 def test_kernels_under_address_and_undefined_behaviour_sanitizers(instruction_set: str, tmp_path: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
