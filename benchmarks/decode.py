@@ -36,6 +36,7 @@ from transformers.initialization import no_init_weights
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_transformers.inference import SparseLinear, compress
+from nt_transformers.inference.matrix import Values
 
 
 SHAPE = {
@@ -48,6 +49,7 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+CASES: list[tuple[float, Values]] = [(0.2, "bf16"), (0.2, "int8"), (0.1, "bf16"), (0.5, "bf16"), (0.9, "bf16")]
 UNCOMPRESSED = ("uncompressed_bf16", "uncompressed_fp32")
 SINGLES = ("dense_single_bf16", "dense_single_fp32")
 
@@ -87,7 +89,7 @@ def network(heads: int, head_layers: int, density: float, dtype: torch.dtype) ->
     return model
 
 
-def networks(densities: list[float], values: list[str]) -> dict[str, PreTrainedModel]:
+def networks(cases: list[tuple[float, Values]]) -> dict[str, PreTrainedModel]:
     """What is compared, by name."""
     models: dict[str, Any] = {
         "dense_single_fp32": network(1, 16, 1.0, torch.float32),
@@ -97,9 +99,8 @@ def networks(densities: list[float], values: list[str]) -> dict[str, PreTrainedM
         "uncompressed_bf16": network(3, 16, 0.2, torch.bfloat16),
         "uncompressed_fp32": network(3, 16, 0.2, torch.float32),
     }
-    for density in densities:
-        for value in values:
-            models[f"neurotrails_{density}_{value}"] = compress(network(3, 16, density, torch.bfloat16), value)
+    for density, values in cases:
+        models[f"neurotrails_{density}_{values}"] = compress(network(3, 16, density, torch.bfloat16), values)
     return models
 
 
@@ -181,9 +182,8 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def main() -> None:
     """Measure everything with all networks in turn and report."""
     args = parse_args(argparse.ArgumentParser(description=__doc__.partition("\n")[0]))
-    densities, values = ([0.2], ["bf16", "int8"]) if args.quick else ([0.1, 0.2, 0.5, 0.9], ["bf16", "int8"])
-    rounds = 2 if args.quick else 5
-    models = networks(densities, values)
+    rounds = 1 if args.quick else 3
+    models = networks(CASES[:2] if args.quick else CASES)
     sparse = [name for name in models if name.startswith("neurotrails")]
     ours = [name for name in sparse if "_0.2_" in name]
     others = [*SINGLES, "tuned_single", "full_ensemble"]
@@ -191,7 +191,7 @@ def main() -> None:
     seconds = decoding_seconds(models, [*others, *sparse], (1, 128), 8 if args.quick else 12, rounds)
     figures = decoding_ratios(seconds)
     for length in () if args.quick else (512, 2048):
-        longer = decoding_seconds(models, [*others, *ours], (1, length), 8, 3)
+        longer = decoding_seconds(models, [*others, *ours], (1, length), 8, rounds)
         figures |= {f"context_{length}_{name}": value for name, value in decoding_ratios(longer).items()}
         seconds |= {f"context_{length}_{name}": value for name, value in longer.items()}
     batch = decoding_seconds(models, [*UNCOMPRESSED, *ours], (8, 128), 4, rounds)

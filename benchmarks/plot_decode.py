@@ -27,8 +27,9 @@ def draw(figures: dict[str, float], output: Path) -> None:
     for values in VALUES:
         for other, style in (("dense_single", "o-"), ("tuned_single", "s--")):
             label = f"{values}, over one dense network {'in torch' if other == 'dense_single' else 'on our kernel'}"
-            ratios = [figures[f"neurotrails_{density}_{values}_over_{other}"] for density in DENSITIES]
-            by_density.plot(DENSITIES, ratios, style, color=COLORS[values], label=label)
+            keys = {density: f"neurotrails_{density}_{values}_over_{other}" for density in DENSITIES}
+            ratios = {density: figures[key] for density, key in keys.items() if key in figures}
+            by_density.plot(list(ratios), list(ratios.values()), style, color=COLORS[values], label=label)
             name = f"neurotrails_0.2_{values}_over_{other}"
             contexts = {128: name, 512: f"context_512_{name}", 2048: f"context_2048_{name}"}
             by_context.plot(list(contexts), [figures[key] for key in contexts.values()], style, color=COLORS[values])
