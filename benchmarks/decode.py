@@ -1,30 +1,42 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""Tokens per second of `generate` on the CPU: compressed NeuroTrails against dense networks, at LLaMA-350M size.
+"""Speed and memory of compressed NeuroTrails on the CPU against dense networks, at LLaMA-350M size.
 
-    python benchmarks/decode.py [--quick] [--json FILE] [--context 128]
+    python benchmarks/decode.py [--quick] [--json FILE]
 
-Random weights, greedy, batch 1. NeuroTrails has 24 layers, 16 of them in each of 3 heads, and all heads vote. The
-dense networks: one LLaMA of 24 layers in torch (bfloat16 and float32; the faster counts), the same on this library's
-dense kernel (bfloat16), and the full ensemble of three (bfloat16, torch). Figures are ratios of tokens/s:
+Random weights, greedy. NeuroTrails has 24 layers, 16 of them in each of 3 heads, and all heads vote. The dense
+networks: one LLaMA of 24 layers in torch (bfloat16 and float32; the faster counts), the same on this library's dense
+kernel (bfloat16), the full ensemble of three in torch (bfloat16), and NeuroTrails itself in torch (`uncompressed`,
+bfloat16 and float32; the faster counts). Figures are ratios of tokens/s of `generate`, batch 1, context of 128:
 
     neurotrails_<density>_<values>_over_dense_single     over the faster of the two in torch
     neurotrails_<density>_<values>_over_tuned_single     over the one on this library's kernel
     neurotrails_<density>_<values>_over_full_ensemble
-    neurotrails_<density>_<values>_over_uncompressed     over the same NeuroTrails in torch, bfloat16 (density 0.2)
+    context_<tokens>_neurotrails_...                     the same after 512 and 2048 tokens, density 0.2
+    batch8_0.2_<values>_over_uncompressed                8 texts at a time
+    prefill_512_0.2_<values>_over_uncompressed           a text of 512 tokens, without generation
+    bandwidth_share_<density>_<values>                   bytes per token / time of the linear layers, one after the
+                                                         other, over the read bandwidth measured in the same run
+    resident_memory_0.2_<values>_output_<sparse|dense>   bytes of all weights over the bytes in dense bfloat16
 """
 
 import argparse
 import time
+from collections.abc import Iterable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from harness import parse_args, report
+from bandwidth import read_bandwidth
+from harness import parse_args, report, time_interleaved
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
+from transformers.initialization import no_init_weights
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_transformers.inference import compress
+from nt_transformers.inference import SparseLinear, compress
+from nt_transformers.inference.matrix import Values
 
 
 SHAPE = {
@@ -37,10 +49,13 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+CASES: list[tuple[float, Values]] = [(0.2, "bf16"), (0.2, "int8"), (0.1, "bf16"), (0.5, "bf16"), (0.9, "bf16")]
+UNCOMPRESSED = ("uncompressed_bf16", "uncompressed_fp32")
+SINGLES = ("dense_single_bf16", "dense_single_fp32")
 
 
 class Stopwatch(BaseStreamer):
-    """Notes when each token arrives."""
+    """Notes when each token arrives; `BaseStreamer` takes batches as they come."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -60,68 +75,144 @@ def network(heads: int, head_layers: int, density: float, dtype: torch.dtype) ->
     """A network with random weights, of which the share `density` is not zero."""
     torch.manual_seed(0)
     config = NeuroTrailsLlamaConfig(**SHAPE, num_ensemble_heads=heads, num_head_layers=head_layers)
-    model = NeuroTrailsLlamaForCausalLM._from_config(config, dtype=dtype).eval()
-    if density < 1:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(torch.rand_like(parameter) < density)
+    with no_init_weights():
+        model = NeuroTrailsLlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    # Drawing every weight would take longer than the measurement: all matrices repeat the same millions.
+    pool = (0.02 * torch.randn(1 << 22) * (torch.rand(1 << 22) < density)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1)
+                continue
+            for part in parameter.view(-1).split(len(pool)):
+                part.copy_(pool[: len(part)])
     return model
 
 
-def decode(model: PreTrainedModel, context: torch.Tensor, tokens: int) -> list[float]:
-    """Seconds for each of `tokens` decoded tokens."""
-    stopwatch = Stopwatch()
-    with torch.inference_mode():
-        model.generate(
-            context,
-            attention_mask=torch.ones_like(context),
-            max_new_tokens=tokens + 1,
-            do_sample=False,
-            streamer=stopwatch,
-        )
-    return stopwatch.seconds()
-
-
-def networks(densities: list[float], values: list[str]) -> dict[str, PreTrainedModel]:
+def networks(cases: list[tuple[float, Values]]) -> dict[str, PreTrainedModel]:
     """What is compared, by name."""
     models: dict[str, Any] = {
         "dense_single_fp32": network(1, 16, 1.0, torch.float32),
         "dense_single_bf16": network(1, 16, 1.0, torch.bfloat16),
         "tuned_single": compress(network(1, 16, 1.0, torch.bfloat16)),
         "full_ensemble": network(3, 24, 1.0, torch.bfloat16),
-        "uncompressed": network(3, 16, 0.2, torch.bfloat16),
+        "uncompressed_bf16": network(3, 16, 0.2, torch.bfloat16),
+        "uncompressed_fp32": network(3, 16, 0.2, torch.float32),
     }
-    for density in densities:
-        for value in values:
-            models[f"neurotrails_{density}_{value}"] = compress(network(3, 16, density, torch.bfloat16), value)
+    for density, values in cases:
+        models[f"neurotrails_{density}_{values}"] = compress(network(3, 16, density, torch.bfloat16), values)
     return models
 
 
-def main() -> None:
-    """Decode with all networks in turn and report."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--context", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
-    args = parse_args(parser)
-    models = networks([0.2] if args.quick else [0.1, 0.2, 0.5, 0.9], ["bf16", "int8"])
-    context = torch.randint(SHAPE["vocab_size"], (1, args.context))
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for round_index in range(3 if args.quick else 6):
-        for name, model in models.items():
-            seconds = decode(model, context, tokens=6 if args.quick else 12)
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, context: torch.Tensor) -> Cache:
+    """The key-value cache of a text."""
+    return model(input_ids=context, use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.inference_mode()
+def decode(model: PreTrainedModel, context: torch.Tensor, cache: Cache, tokens: int) -> list[float]:
+    """Seconds for each of `tokens` decoded tokens; the cache of the context is left as it was."""
+    stopwatch = Stopwatch()
+    cache.crop(context.shape[1] - 1 - cache.get_seq_length())
+    model.generate(
+        context,
+        attention_mask=torch.ones_like(context),
+        past_key_values=cache,
+        max_new_tokens=tokens + 1,
+        do_sample=False,
+        streamer=stopwatch,
+    )
+    return stopwatch.seconds()
+
+
+def decoding_seconds(
+    models: dict[str, PreTrainedModel], names: Iterable[str], shape: tuple[int, int], tokens: int, rounds: int
+) -> dict[str, float]:
+    """Median seconds per token of the models `names`, in turn, after contexts of [batch, tokens]."""
+    context = torch.randint(SHAPE["vocab_size"], shape)
+    caches = {name: prefill(models[name], context) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    for round_index in range(rounds + 1):
+        for name, cache in caches.items():
+            seconds = decode(models[name], context, cache, tokens)
             if round_index > 0:
                 times[name] += seconds
-    medians = {name: median(seconds) for name, seconds in times.items()}
-    dense_single = min(medians["dense_single_fp32"], medians["dense_single_bf16"])
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
+def decoding_ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """Tokens/s of every NeuroTrails over those of the dense networks."""
     figures = {}
-    for name, seconds in medians.items():
+    dense = {
+        "dense_single": min(seconds[name] for name in SINGLES),
+        "tuned_single": seconds["tuned_single"],
+        "full_ensemble": seconds["full_ensemble"],
+    }
+    for name in seconds:
         if name.startswith("neurotrails"):
-            figures[f"{name}_over_dense_single"] = dense_single / seconds
-            for other in ("tuned_single", "full_ensemble"):
-                figures[f"{name}_over_{other}"] = medians[other] / seconds
-            if "_0.2_" in name:
-                figures[f"{name}_over_uncompressed"] = medians["uncompressed"] / seconds
-    report({**figures, **{f"{name}_s": seconds for name, seconds in medians.items()}}, args)
+            figures |= {f"{name}_over_{other}": slow / seconds[name] for other, slow in dense.items()}
+    return figures
+
+
+def prefill_seconds(models: dict[str, PreTrainedModel], names: Iterable[str], rounds: int) -> dict[str, float]:
+    """Median seconds for a text of 512 tokens."""
+    context = torch.randint(SHAPE["vocab_size"], (1, 512))
+    return time_interleaved({name: partial(prefill, models[name], context) for name in names}, rounds)
+
+
+def linear_bandwidth(model: PreTrainedModel, rounds: int) -> float:
+    """Bytes of the linear layers over the median time of their products with one vector each."""
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    inputs = {layer.in_features: torch.randn(1, layer.in_features) for layer in layers}
+
+    def multiply() -> None:
+        for layer in layers:
+            layer.kernel.multiply(inputs[layer.in_features])
+
+    return sum(layer.matrix.nbytes for layer in layers) / time_interleaved({"all": multiply}, rounds)["all"]
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters and buffers, and of what the kernels keep besides."""
+    indices = (module.kernel.index for module in model.modules() if isinstance(module, SparseLinear))
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *indices))
+
+
+def main() -> None:
+    """Measure everything with all networks in turn and report."""
+    args = parse_args(argparse.ArgumentParser(description=__doc__.partition("\n")[0]))
+    rounds = 1 if args.quick else 3
+    models = networks(CASES[:2] if args.quick else CASES)
+    sparse = [name for name in models if name.startswith("neurotrails")]
+    ours = [name for name in sparse if "_0.2_" in name]
+    others = [*SINGLES, "tuned_single", "full_ensemble"]
+
+    seconds = decoding_seconds(models, [*others, *sparse], (1, 128), 8 if args.quick else 12, rounds)
+    figures = decoding_ratios(seconds)
+    for length in () if args.quick else (512, 2048):
+        longer = decoding_seconds(models, [*others, *ours], (1, length), 8, rounds)
+        figures |= {f"context_{length}_{name}": value for name, value in decoding_ratios(longer).items()}
+        seconds |= {f"context_{length}_{name}": value for name, value in longer.items()}
+    batch = decoding_seconds(models, [*UNCOMPRESSED, *ours], (8, 128), 4, rounds)
+    prefill = prefill_seconds(models, [*UNCOMPRESSED, *ours], 1 if args.quick else 3)
+    for prefix, measured in (("batch8", batch), ("prefill_512", prefill)):
+        slow = min(measured[name] for name in UNCOMPRESSED)
+        for name in ours:
+            figures[f"{name.replace('neurotrails', prefix)}_over_uncompressed"] = slow / measured[name]
+        seconds |= {f"{prefix}_{name}": value for name, value in measured.items()}
+
+    bandwidth = read_bandwidth(args.threads)
+    for name in sparse:
+        share = linear_bandwidth(models[name], 5 * rounds) / bandwidth
+        figures[name.replace("neurotrails", "bandwidth_share")] = share
+    dense_bytes = weight_bytes(models["uncompressed_bf16"])
+    for name in ours:
+        label = name.replace("neurotrails", "resident_memory")
+        figures[f"{label}_output_sparse"] = weight_bytes(models[name]) / dense_bytes
+    partly = compress(network(3, 16, 0.2, torch.bfloat16), output_layers=False)
+    figures["resident_memory_0.2_bf16_output_dense"] = weight_bytes(partly) / dense_bytes
+    report({**figures, "read_bytes_per_s": bandwidth, **{f"{k}_s": value for k, value in seconds.items()}}, args)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,8 @@ def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: 
     if all(layer.bitmap is None for _, layer in compressed):
         logger.warning("hardly a weight of the model is zero: compressing only stores them as %s.", values)
     _mark_as_compressed(model, SparseWeightsQuantizer(SparseWeightsConfig(values)))
+    for _, layer in compressed:
+        layer.prepare()
     Decoder.install(model)
     return model.requires_grad_(False)
 

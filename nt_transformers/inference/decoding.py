@@ -117,6 +117,10 @@ class Decoder:
         # What the plans point to.
         self._memory: list[Any] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes plans of its own weights.
+        return self.__dict__ | {"_plans": {}, "_memory": []}
+
     @staticmethod
     def supports(model: nn.Module) -> bool:
         """Whether the kernels can run the decoder layers of `model`."""
@@ -131,6 +135,7 @@ class Decoder:
         ]
         return (
             all(isinstance(module, SparseLinear) and module.bias is None for module in linear)
+            and len({module.values.dtype for module in linear}) == 1
             and config.hidden_act == "silu"
             and config.head_dim % 16 == 0
             and config.head_dim <= LARGEST_HEAD

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -11,19 +10,14 @@ from torch import nn
 
 from . import native
 from .matrix import SparseMatrix, Values
-
-
-# Tokens up to which the kernels win over torch at any density, and the density up to which they win at any number of
-# tokens (benchmarks/sparse_linear.py).
-FEW_TOKENS = 2
-LOW_DENSITY = 0.5
+from .products import multiply, sparse_product
 
 
 class SparseLinear(nn.Module):
     """`nn.Linear` for inference on CPUs, its weight a `SparseMatrix`.
 
     Computes in float32 and returns the dtype of its input. Matrices that are smaller without a bitmap (a density near
-    1) are stored dense.
+    1) are stored dense. `torch.compile` takes the layer as one custom operator, once it has been prepared.
 
     Args:
         matrix: The weight, [out_features, in_features].
@@ -42,8 +36,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("values", matrix.values)
         self.register_buffer("scales", matrix.scales)
         self.register_parameter("bias", bias)
-        self._multiply: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._kernel: native.KernelMatrix | None = None
+        self._prepared = False
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, values: Values) -> Self:
@@ -60,38 +54,33 @@ class SparseLinear(nn.Module):
     @property
     def kernel(self) -> native.KernelMatrix:
         """The weight as the kernels read it, which have to be available."""
-        if self._kernel is None:
-            self.prepare()
-            assert self._kernel is not None
+        self.prepare()
+        assert self._kernel is not None
         return self._kernel
 
     def prepare(self) -> None:
-        """Checks the weight and hands it to the kernels; done by itself before the first product.
+        """Checks the weight and hands it to the kernels, once; done by itself before the first product.
 
         Raises:
             ValueError: the parts of the weight do not belong together: the file was damaged.
         """
-        matrix = self.matrix
-        density = matrix.nonzeros / (self.in_features * self.out_features)
-        if not native.available():
-            matrix.check()
-            self._multiply = self._multiply_dense
+        if self._prepared:
             return
-        kernel = self._kernel = native.KernelMatrix(matrix)
-        few = FEW_TOKENS if density > LOW_DENSITY else None
-
-        def multiply(x: torch.Tensor) -> torch.Tensor:
-            return kernel.multiply(x) if few is None or len(x) <= few else self._multiply_dense(x)
-
-        self._multiply = multiply
+        if native.available():
+            self._kernel = native.KernelMatrix(self.matrix)
+        else:
+            self.matrix.check()
+        self._prepared = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
         flat = x.reshape(-1, self.in_features).float()
-        if self._multiply is None:
+        if torch.compiler.is_compiling():
+            index = None if self._kernel is None else self._kernel.index
+            y = sparse_product(flat, self.out_features, self.values, self.bitmap, self.scales, index)
+        else:
             self.prepare()
-            assert self._multiply is not None
-        y = self._multiply(flat)
+            y = self.matrix.multiply(flat) if self._kernel is None else multiply(self._kernel, flat)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -107,6 +96,3 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.matrix.nonzeros}"
-
-    def _multiply_dense(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.matrix.to_dense().float())

@@ -99,6 +99,10 @@ class SparseMatrix:
             dense[torch.from_numpy(exists).view(torch.bool)] = self.values[: self.nonzeros]
         return dense if self.scales is None else dense * self.scales[:, None]
 
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [tokens, columns] times the transposed matrix in torch: [tokens, rows], both float32."""
+        return torch.nn.functional.linear(x, self.to_dense().float())
+
     def check(self) -> None:
         """The kernels trust the parts to belong together; raises `ValueError` unless they do."""
         if self.values.ndim != 1 or self.values.dtype not in DTYPES.values() or self.nonzeros < 0:

@@ -21,13 +21,14 @@ from .matrix import SparseMatrix
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+SOURCES = Path(__file__).with_name("kernels")
+FLAGS = ("-O3", "-std=c++17", "-Wno-psabi", "-fPIC", "-shared", "-fopenmp")
 # The flags that each instruction set needs, and the processor features that it asks for.
 INSTRUCTION_SETS = {
     "avx512": (
-        ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vpopcntdq"),
-        {"avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2", "avx512_vpopcntdq"},
+        ("-march=x86-64-v4", *(f"-mavx512{part}" for part in ("vbmi", "vbmi2", "vpopcntdq", "bitalg", "vnni"))),
+        {"avx512f", "avx512bw", "avx512vl", "avx512vbmi"}
+        | {f"avx512_{part}" for part in ("vbmi2", "vpopcntdq", "bitalg", "vnni")},
     ),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
     "portable": ((), set()),
@@ -45,25 +46,51 @@ class Matrix(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("starts", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
         ("type", ctypes.c_int32),
     )
+
+
+# Rows, columns, density to a tenth, type of the values, whether there is a bitmap: what the time of a product is
+# made of.
+Kind = tuple[int, int, int, int, bool]
 
 
 class KernelMatrix:
     """A `SparseMatrix` as the kernels read it; keeps the memory that it points to.
 
+    Args:
+        matrix: The matrix.
+        index: int64 [1, rows], where in the values each row begins, and for int8 [2, rows], also the sum of its
+            values; computed unless given.
+
     Raises:
-        ValueError: the parts of the matrix do not belong together.
+        ValueError: the parts of the matrix do not belong together (checked unless `index` is given).
     """
 
-    def __init__(self, matrix: SparseMatrix) -> None:
-        matrix.check()
-        counts = matrix.row_counts()
+    def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None) -> None:
+        self._matrix = matrix
+        if index is None:
+            matrix.check()
+            index = _index(matrix)
+        self.index = index
         bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
-        self._memory = (bitmap, matrix.values.contiguous(), counts.cumsum(0) - counts, matrix.scales)
+        sums = index[1] if len(index) > 1 else None
+        self._memory = (bitmap, matrix.values.contiguous(), index[0], matrix.scales, sums)
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, _TYPES[matrix.values.dtype])
         self._kernels = kernels()
+
+    def __reduce__(self) -> tuple[type[KernelMatrix], tuple[SparseMatrix, torch.Tensor]]:
+        # Copies point to memory of their own.
+        return KernelMatrix, (self._matrix, self.index)
+
+    @property
+    def kind(self) -> Kind:
+        """What matrices that take the same time have in common."""
+        rows, columns = self._matrix.shape
+        tenths = round(10 * self._matrix.nonzeros / max(rows * columns, 1))
+        return rows, columns, tenths, self.structure.type, self._matrix.bitmap is not None
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, columns] times the transposed matrix: [tokens, rows], both float32."""
@@ -73,6 +100,12 @@ class KernelMatrix:
         y = torch.empty(len(x), self.structure.rows)
         self._kernels.nt_multiply(self.structure, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads())
         return y
+
+    def to_dense(self) -> torch.Tensor:
+        """The whole matrix in float32."""
+        dense = torch.empty(self.structure.rows, self.structure.columns)
+        self._kernels.nt_to_dense(self.structure, dense.data_ptr(), torch.get_num_threads())
+        return dense
 
 
 def available() -> bool:
@@ -91,8 +124,13 @@ def instruction_set() -> str:
         if chosen not in INSTRUCTION_SETS:
             raise ValueError(f"NT_TRANSFORMERS_INSTRUCTION_SET={chosen!r}: choose from {', '.join(INSTRUCTION_SETS)}.")
         return chosen
+    return supported_instruction_sets()[0]
+
+
+def supported_instruction_sets() -> list[str]:
+    """Those of `INSTRUCTION_SETS` that this processor has, the best first."""
     features = _processor_features()
-    return next(name for name, (_, needed) in INSTRUCTION_SETS.items() if needed <= features)
+    return [name for name, (_, needed) in INSTRUCTION_SETS.items() if needed <= features]
 
 
 def build(name: str, output: Path) -> None:
@@ -107,7 +145,7 @@ def build(name: str, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         built = Path(scratch) / output.name
-        command = [compiler, *FLAGS, *INSTRUCTION_SETS[name][0], str(SOURCE), "-o", str(built)]
+        command = [compiler, *FLAGS, *INSTRUCTION_SETS[name][0], str(SOURCES / "kernels.cpp"), "-o", str(built)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
             raise OSError(f"{' '.join(command)} failed:\n{run.stderr.strip()[-2000:]}")
@@ -126,7 +164,8 @@ def kernels() -> ctypes.CDLL:
 
 @functools.cache
 def _load(name: str) -> ctypes.CDLL:
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, INSTRUCTION_SETS[name][0])).encode()).hexdigest()
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    digest = hashlib.sha256(sources + repr((FLAGS, INSTRUCTION_SETS[name][0])).encode()).hexdigest()
     path = _cache_folder() / f"kernels-{name}-{platform.machine()}-{digest[:16]}.so"
     if not path.exists():
         build(name, path)
@@ -135,8 +174,19 @@ def _load(name: str) -> ctypes.CDLL:
     library.nt_multiply.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, integer, choice)
     buffers = (pointer, pointer, pointer)
     library.nt_decode.argtypes = (pointer, *buffers, choice, integer, integer, *buffers, choice)
-    library.nt_multiply.restype = library.nt_decode.restype = None
+    library.nt_to_dense.argtypes = (ctypes.POINTER(Matrix), pointer, choice)
+    library.nt_multiply.restype = library.nt_to_dense.restype = library.nt_decode.restype = None
     return library
+
+
+def _index(matrix: SparseMatrix) -> torch.Tensor:
+    counts = matrix.row_counts()
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    if matrix.values.dtype != torch.int8:
+        return starts[None]
+    totals = torch.cat([torch.zeros(1, dtype=torch.int64), matrix.values.cumsum(0, dtype=torch.int64)])
+    return torch.stack([starts, totals[ends] - totals[starts]])
 
 
 def _cache_folder() -> Path:

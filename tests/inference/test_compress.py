@@ -104,6 +104,23 @@ def test_a_bfloat16_model(make_model, values) -> None:
     torch.testing.assert_close(probs, expected, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_compiles_without_graph_breaks(make_model, values) -> None:
+    compressed = compress(make_model(), values)
+    compiled = torch.compile(compressed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = compressed(TOKENS, use_cache=False).logits
+        torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_outlives_the_model(make_model) -> None:
+    compressed = compress(make_model(), "int8")
+    expected = generate(compressed)
+    copied = copy.deepcopy(compressed)
+    del compressed
+    assert_same_generation(generate(copied), expected)
+
+
 def test_a_stock_llama(make_model) -> None:
     torch.manual_seed(0)
     dense = LlamaForCausalLM(

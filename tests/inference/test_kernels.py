@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nt_transformers.inference import SparseLinear, SparseMatrix, native
+from nt_transformers.inference import SparseLinear, SparseMatrix, native, products
 from nt_transformers.inference.matrix import DTYPES, READ_AHEAD, Values
 
 
@@ -20,11 +20,6 @@ def random_matrix(rows: int, columns: int, density: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     weight = torch.randn(rows, columns, generator=generator)
     return weight * (torch.rand(rows, columns, generator=generator) < density)
-
-
-def supported() -> list[str]:
-    features = native._processor_features()
-    return [name for name, (_, needed) in native.INSTRUCTION_SETS.items() if needed <= features]
 
 
 @pytest.mark.parametrize("values", get_args(Values))
@@ -52,7 +47,7 @@ def test_size_is_that_of_the_values_and_one_bit_a_weight(values: Values) -> None
     assert matrix.nbytes <= 1.02 * (matrix.nonzeros * DTYPES[values].itemsize + weight.numel() / 8)
 
 
-@pytest.mark.parametrize("instruction_set", supported())
+@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
 @pytest.mark.parametrize("values", get_args(Values))
 def test_products_equal_those_of_the_dense_matrix(
     instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
@@ -63,10 +58,57 @@ def test_products_equal_those_of_the_dense_matrix(
             for sparse in (True, False):
                 matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values, sparse=sparse)
                 kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
+                assert torch.equal(kernel.to_dense(), matrix.to_dense().float())
                 for tokens in (0, 1, 2, 3, 17, 33, 130):
                     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
                     expected = (x.double() @ dense.T).float()
                     torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("values", get_args(Values))
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_in_the_product(values: Values, special: float) -> None:
+    kernel = native.KernelMatrix(SparseMatrix.from_dense(torch.ones(3, 40), values))
+    x = torch.randn(1, 40)
+    x[0, 17] = special
+    assert not kernel.multiply(x).isfinite().any()
+
+
+@pytest.mark.parametrize("values", get_args(Values))
+@pytest.mark.parametrize("scale", [0, 1e-36, 1e-6, 1e6, 1e30])
+def test_inputs_of_any_magnitude_beside_an_outlier(values: Values, scale: float) -> None:
+    matrix = SparseMatrix.from_dense(random_matrix(20, 200, 0.5), values)
+    x = torch.randn(1, 200, generator=torch.Generator().manual_seed(0)) * scale
+    x[0, 3] *= 1000
+    expected = (x.double() @ matrix.to_dense().double().T).float()
+    tolerance = 1e-5 * float(expected.abs().max()) + 1e-30
+    torch.testing.assert_close(native.KernelMatrix(matrix).multiply(x), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_operator_for_compilers(values: Values) -> None:
+    matrix = SparseMatrix.from_dense(random_matrix(24, 40, 0.5), values)
+    index = native.KernelMatrix(matrix).index
+    for given in (index, None):
+        arguments = (torch.randn(5, 40), 24, matrix.values, matrix.bitmap, matrix.scales, given)
+        torch.library.opcheck(products.sparse_product, arguments)
+        expected = arguments[0] @ matrix.to_dense().float().T
+        torch.testing.assert_close(products.sparse_product(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("torch_is_quicker", [False, True])
+def test_what_measures_quicker_multiplies_many_tokens(torch_is_quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = native.KernelMatrix(SparseMatrix.from_dense(random_matrix(24, 40, 0.5), "fp32"))
+    seconds = iter((2.0, 1.0) if torch_is_quicker else (1.0, 2.0))
+    monkeypatch.setattr(products, "_timed", {})
+    monkeypatch.setattr(products, "_seconds", lambda function: next(seconds))
+    copies = []
+    monkeypatch.setattr(matrix, "to_dense", lambda: copies.append(None) or type(matrix).to_dense(matrix))
+    for tokens in (1, 2, 5, 7, 8):  # one measurement, for up to 8 tokens
+        x = torch.randn(tokens, 40)
+        expected = x @ type(matrix).to_dense(matrix).T
+        torch.testing.assert_close(products.multiply(matrix, x), expected, rtol=1e-5, atol=1e-5)
+    assert len(copies) == (3 if torch_is_quicker else 0)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

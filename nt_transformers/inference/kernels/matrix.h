@@ -1,0 +1,108 @@
+// Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+//
+// What every product shares: the matrix, the types of its values, memory.
+//
+// A matrix stores one bit for each weight (set: the weight exists) and the values of the existing ones, row by row.
+// Reading it costs 1/8 byte a weight plus the bytes of the values, so a weight that is not stored is hardly paid for.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512VBMI2__) && defined(__AVX512VBMI__) && defined(__AVX512VPOPCNTDQ__) && defined(__AVX512BW__) && \
+    defined(__AVX512BITALG__) && defined(__AVX512VNNI__)
+#define NT_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define NT_AVX2 1
+#endif
+
+extern "C" {
+
+// Rows of a sparse matrix. `values` must be readable for 64 bytes beyond its end.
+struct NtMatrix {
+  int64_t rows, columns;
+  const uint32_t* bitmap;  // [rows, ceil(columns / 32)]; null: dense, all values are stored
+  const void* values;      // of the existing weights, row by row
+  const int64_t* starts;   // [rows], where in `values` each row begins
+  const float* scales;     // [rows] for int8, else null
+  const int64_t* sums;     // [rows], the sum of the values, for int8, else null
+  int32_t type;            // see Type
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int64_t kBits = 32;  // columns of one word of the bitmap
+
+enum Type : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kInt8 = 3 };
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+// Calls `function` with a value of the C++ type that a matrix holds.
+template <typename F> void with_type(int32_t type, F&& function) {
+  switch (type) {
+    case kBFloat16: return function(BFloat16{});
+    case kFloat16: return function(Float16{});
+    case kFloat32: return function(float{});
+    case kInt8: return function(int8_t{});
+  }
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(int8_t value) { return static_cast<float>(value); }
+inline float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+inline float to_float(Float16 value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t exponent = (value.bits >> 10) & 0x1fu, mantissa = value.bits & 0x3ffu;
+  float result;
+  if (exponent == 0) {
+    result = std::ldexp(static_cast<float>(mantissa), -24);
+    return sign ? -result : result;
+  }
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+#endif
+}
+
+// Sixteen float32, in one register or several.
+typedef float Lanes __attribute__((vector_size(64), may_alias));
+constexpr int64_t kLanes = 16;
+
+int64_t words_per_row(int64_t columns) { return (columns + kBits - 1) / kBits; }
+int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// Float32s of which registers straddle no cache line. Not cleared.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(size * sizeof(float), 64)))) {}
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data() { return data_; }
+  const float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+}  // namespace

@@ -1,0 +1,94 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""Products with compressed matrices: by whichever way measures quicker, and as an operator that can be compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from . import native
+from .matrix import SparseMatrix
+
+
+# One or two tokens wait for the weights to be read, of which the kernels read fewest.
+FEW_TOKENS = 2
+# The most tokens that are timed; more behave like these.
+MANY_TOKENS = 512
+# How much quicker torch has to be: the kernels' own timing is not exact, and they need no dense copy.
+MARGIN = 0.9
+
+
+def multiply(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
+    """`x` [tokens, columns] times the transposed matrix: [tokens, rows], both float32.
+
+    Either by the sparse kernels or by torch on a dense copy, which lives as long as the product. What is quicker is
+    measured once in a process for each shape, density (to 0.1), type of values and number of tokens (to a power of 2).
+    """
+    if len(x) > FEW_TOKENS:
+        tokens = min(1 << (len(x) - 1).bit_length(), MANY_TOKENS)
+        if _quicker_dense(matrix, tokens):
+            return _multiply_dense(matrix, x)
+    return matrix.multiply(x)
+
+
+@torch.library.custom_op("nt_transformers::sparse_product", mutates_args=(), device_types="cpu")
+def sparse_product(
+    x: torch.Tensor,
+    rows: int,
+    values: torch.Tensor,
+    bitmap: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    index: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `multiply`, for `torch.compile`: the parts of a `SparseMatrix` and what `KernelMatrix` adds to them.
+
+    Args:
+        x: float32 [tokens, columns].
+        rows: Of the matrix.
+        values: See `SparseMatrix`, as for `bitmap` and `scales`.
+        index: `KernelMatrix.index`, or None where there are no kernels.
+    """
+    matrix = SparseMatrix(x.shape[1], bitmap, values, scales)
+    return matrix.multiply(x) if index is None else multiply(native.KernelMatrix(matrix, index), x)
+
+
+@sparse_product.register_fake
+def _(
+    x: torch.Tensor,
+    rows: int,
+    values: torch.Tensor,
+    bitmap: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    index: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def _multiply_dense(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, matrix.to_dense())
+
+
+# Whether torch is quicker, by kind of matrix, number of tokens and number of threads.
+_timed: dict[tuple[native.Kind, int, int], bool] = {}
+
+
+def _quicker_dense(matrix: native.KernelMatrix, tokens: int) -> bool:
+    key = matrix.kind, tokens, torch.get_num_threads()
+    if key not in _timed:
+        x = torch.randn(tokens, matrix.structure.columns)
+        sparse = _seconds(lambda: matrix.multiply(x))
+        _timed[key] = _seconds(lambda: _multiply_dense(matrix, x)) < MARGIN * sparse
+    return _timed[key]
+
+
+def _seconds(function: Callable[[], object], repeats: int = 2) -> float:
+    """The shortest of a few calls, after one to warm up."""
+    function()
+    durations = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        durations.append(time.perf_counter() - start)
+    return min(durations)

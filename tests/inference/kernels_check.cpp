@@ -1,0 +1,135 @@
+// Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+//
+// Compares the kernels with a naive product on random matrices, all memory allocated to the byte; built with
+// sanitizers by test_sanitizers.py. Prints the number of products.
+
+#include "kernels.cpp"
+
+#include <cstdio>
+#include <random>
+#include <vector>
+
+namespace {
+
+std::mt19937 generator(0);
+
+int64_t draw(int64_t lowest, int64_t highest) {
+  return std::uniform_int_distribution<int64_t>(lowest, highest)(generator);
+}
+float normal() { return std::normal_distribution<float>()(generator); }
+
+void convert(float from, float& to) { to = from; }
+void convert(float from, int8_t& to) { to = static_cast<int8_t>(std::lround(std::clamp(from, -4.0f, 4.0f) * 31)); }
+void convert(float from, BFloat16& to) { store(from, &to); }
+void convert(float from, Float16& to) {  // truncated, of normal magnitude
+  uint32_t bits;
+  std::memcpy(&bits, &from, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 23 & 0xff) - 112;
+  to.bits = exponent <= 0 ? 0 : static_cast<uint16_t>((bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 0x3ff));
+}
+
+template <typename V> struct Random {
+  std::vector<uint32_t> bitmap;
+  std::vector<unsigned char> values;
+  std::vector<int64_t> starts, sums;
+  std::vector<float> scales, dense;
+  NtMatrix matrix;
+
+  Random(int64_t rows, int64_t columns, double density, bool sparse, Type type)
+      : bitmap(rows * words_per_row(columns)), dense(rows * columns) {
+    std::vector<V> kept;
+    for (int64_t row = 0; row < rows; ++row) {
+      starts.push_back(kept.size());
+      scales.push_back(type == kInt8 ? 0.01f : 1.0f);
+      int64_t sum = 0;
+      for (int64_t column = 0; column < columns; ++column) {
+        if (sparse && !std::bernoulli_distribution(density)(generator)) continue;
+        V value;
+        convert(normal(), value);
+        kept.push_back(value);
+        sum += static_cast<int64_t>(to_float(value));
+        bitmap[row * words_per_row(columns) + column / kBits] |= 1u << column % kBits;
+        dense[row * columns + column] = to_float(value) * scales[row];
+      }
+      sums.push_back(sum);
+    }
+    values.resize(kept.size() * sizeof(V) + 64);
+    if (!kept.empty()) std::memcpy(values.data(), kept.data(), kept.size() * sizeof(V));
+    const bool scaled = type == kInt8;
+    matrix = {rows, columns, sparse ? bitmap.data() : nullptr, values.data(), starts.data(),
+              scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr, type};
+  }
+};
+
+template <typename V> void check(Type type, int64_t rows, int64_t columns, double density, int64_t tokens) {
+  const Random<V> random(rows, columns, density, density < 1 || draw(0, 1), type);
+  std::vector<float> x(tokens * columns), y(tokens * rows), dense(rows * columns);
+  for (float& value : x) value = normal();
+  nt_multiply(&random.matrix, x.data(), y.data(), tokens, 2);
+  nt_to_dense(&random.matrix, dense.data(), 2);
+  for (int64_t i = 0; i < rows * columns; ++i)
+    if (dense[i] != random.dense[i]) std::printf("weight %g != %g\n", dense[i], random.dense[i]), std::exit(1);
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t row = 0; row < rows; ++row) {
+      double expected = 0;
+      for (int64_t column = 0; column < columns; ++column)
+        expected += static_cast<double>(x[token * columns + column]) * random.dense[row * columns + column];
+      const float product = y[token * rows + row];
+      if (!(std::abs(product - expected) < 1e-5 * (1 + std::abs(expected)) + 2e-6 * std::sqrt(columns))) {
+        std::printf("type %d, %ld x %ld, density %g, %ld tokens: %g != %g\n", type, rows, columns, density, tokens,
+                    product, expected);
+        std::exit(1);
+      }
+    }
+}
+
+// One token through a small network, for the sanitizers alone: test_compress.py compares the numbers.
+template <typename C> void decode_once(Type type, Type cache_type) {
+  constexpr int64_t hidden = 48, inner = 50, heads = 3, depth = 2, layers = 1 + heads * depth, capacity = 21;
+  std::vector<Random<int8_t>> int8;
+  std::vector<Random<BFloat16>> bfloat16;
+  int8.reserve(7 * layers), bfloat16.reserve(7 * layers);
+  const auto matrix = [&](int64_t rows, int64_t columns) {
+    if (type == kInt8) return int8.emplace_back(rows, columns, 0.3, true, type).matrix;
+    return bfloat16.emplace_back(rows, columns, 0.3, true, type).matrix;
+  };
+  const std::vector<float> norm(hidden, 1), turn(16, 0.5f), stem(hidden, 0.1f);
+  std::vector<NtLayer> plan_layers;
+  std::vector<std::vector<C>> caches(2 * layers, std::vector<C>(1 * capacity * 16));
+  std::vector<void*> keys, values;
+  for (int64_t i = 0; i < layers; ++i) {
+    plan_layers.push_back({matrix(48, hidden), matrix(16, hidden), matrix(16, hidden), matrix(hidden, 48),
+                           matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner), norm.data(),
+                           norm.data()});
+    keys.push_back(caches[2 * i].data()), values.push_back(caches[2 * i + 1].data());
+  }
+  const std::vector<const float*> norms(heads, norm.data());
+  const NtPlan plan = {hidden, inner, 3, 1, 16, 1, heads, depth, plan_layers.data(), norms.data(), 1e-6f, 0.25f};
+  std::vector<float> out(heads * hidden);
+  for (int64_t position = 0; position < capacity; ++position)
+    nt_decode(&plan, stem.data(), keys.data(), values.data(), cache_type, capacity, position, turn.data(), turn.data(),
+              out.data(), 2);
+  for (const float value : out)
+    if (!std::isfinite(value)) std::printf("decoding: %g\n", value), std::exit(1);
+}
+
+}  // namespace
+
+int main() {
+  int products = 0;
+  for (int round = 0; round < 6; ++round)
+    for (const double density : {0.0, 0.02, 0.1, 0.3, 0.7, 1.0})
+      for (const int64_t tokens : {int64_t{1}, int64_t{2}, draw(3, 16), draw(17, 32), draw(33, 64), draw(65, 140)}) {
+        const int64_t rows = draw(1, 150), columns = draw(1, 300);
+        check<BFloat16>(kBFloat16, rows, columns, density, tokens);
+        check<Float16>(kFloat16, rows, columns, density, tokens);
+        check<float>(kFloat32, rows, columns, density, tokens);
+        check<int8_t>(kInt8, rows, columns, density, tokens);
+        products += 4;
+      }
+  for (const Type type : {kBFloat16, kInt8}) {
+    decode_once<BFloat16>(type, kBFloat16);
+    decode_once<float>(type, kFloat32);
+  }
+  std::printf("%d products\n", products);
+}

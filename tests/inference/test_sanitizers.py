@@ -1,0 +1,33 @@
+# Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
+"""The kernels read and write nothing but their arguments, and equal a naive product, on random matrices."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nt_transformers.inference import native
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
+def test_kernels_under_address_and_undefined_behaviour_sanitizers(instruction_set: str, tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "check"
+    sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    flags = ("-O1", "-g", "-std=c++17", "-fopenmp", *native.INSTRUCTION_SETS[instruction_set][0], *sanitizers)
+    source = Path(__file__).with_name("kernels_check.cpp")
+    command = [compiler, *flags, "-I", str(native.SOURCES), str(source), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find" in built.stderr:
+        pytest.skip("the compiler comes without sanitizers")
+    assert built.returncode == 0, built.stderr
+    # What OpenMP keeps until the process ends is no leak.
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
+    run = subprocess.run([str(program)], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout == "864 products\n"
