@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
@@ -27,7 +28,7 @@ from ..models.neurotrails_llama.modeling_neurotrails_llama import (
     close_vote,
     count_vote,
 )
-from .decoding import GrowingLayer
+from .decoding import Decoder, GrowingLayer
 
 
 Measure = Literal["margin", "entropy"]
@@ -149,15 +150,22 @@ class AdaptiveVoting:
         first, *others = self.model.active_heads
         base, vote = self.model.model, self.config.vote
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        stems, head_kwargs = base.run_backbone(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+        decoder = Decoder.of(self.model)
+        stems, head_kwargs = (base if decoder is None else decoder).run_backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
         )
         length, cache = stems[0].shape[1], head_kwargs["past_key_values"]
         self._remember(stems, head_kwargs)
 
         def hidden_states(m: int, stem: Tensor) -> Tensor:
             """Of head m, [batch, kept, hidden]; it may have had to process earlier positions as well."""
-            return slice_logits_to_keep(base.heads[m](stem, **head_kwargs)[:, -length:], logits_to_keep)
+            head = base.heads[m] if decoder is None else partial(decoder.run_head, m)
+            return slice_logits_to_keep(head(stem, **head_kwargs)[:, -length:], logits_to_keep)
 
         logits = self.model.lm_heads[first](hidden_states(first, stems[0]))
         unsure = certainty(logits, self.measure) < self.threshold

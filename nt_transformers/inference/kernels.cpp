@@ -449,7 +449,7 @@ struct NtPlan {
   int64_t hidden, intermediate, attention_heads, key_value_heads, head_size;
   int64_t backbone_depth, heads, head_depth;
   const NtLayer* layers;      // the backbone's, then those of each head
-  const float* const* norms;  // [heads], final
+  const float* const* norms;  // [heads], final; null for none
   float epsilon, scaling;
 };
 
@@ -608,8 +608,13 @@ void decode(const NtPlan& p, const float* stems, void* const* keys, void* const*
     }
     for (int64_t i = 0; i < p.head_depth; ++i) layer(p.heads, p.backbone_depth + i, p.head_depth);
   }
-  for (int64_t head = 0; head < p.heads; ++head)
-    normalize(hidden.data() + head * act.stride, p.norms[head], p.hidden, p.epsilon, out + head * p.hidden);
+  for (int64_t head = 0; head < p.heads; ++head) {
+    const float* const result = hidden.data() + head * act.stride;
+    if (p.norms[head])
+      normalize(result, p.norms[head], p.hidden, p.epsilon, out + head * p.hidden);
+    else
+      std::memcpy(out + head * p.hidden, result, sizeof(float) * p.hidden);
+  }
 }
 
 }  // namespace

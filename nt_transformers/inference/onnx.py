@@ -81,13 +81,13 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, image_size: int | N
     wrapper: nn.Module = (_LanguageModel if is_text else _Classifier)(model).eval()
     size = None if is_text else _image_size(model, image_size)
     inputs = _example(model, size, BATCH, SEQUENCE)
-    axes = (
-        {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")} if is_text else {0: torch.export.Dim("batch")}
-    )
+    # The axes are named by the first input; those of the other are the same.
+    names: dict[int, Any] = {0: "batch"} | ({1: "sequence"} if is_text else {})
+    shapes = dict.fromkeys(inputs, dict.fromkeys(names, torch.export.Dim.DYNAMIC)) | {next(iter(inputs)): names}
     program = torch.onnx.export(
         wrapper,
         kwargs=inputs,
-        dynamic_shapes=dict.fromkeys(inputs, axes),
+        dynamic_shapes=shapes,
         input_names=list(inputs),
         output_names=["logits"],
         opset_version=OPSET,

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nt_transformers.inference import AdaptiveScores, AdaptiveVoting, compress
 from nt_transformers.inference.adaptive import certainty
+from nt_transformers.inference.decoding import GrowingLayer
 
 
 TOKENS = torch.randint(1, 99, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -96,10 +97,14 @@ def test_between_it_votes_where_the_first_head_is_unsure(make_model, mask, measu
     model = make_model()
     torch.manual_seed(0)
     threshold = usual_certainty(model, measure, mask, do_sample=do_sample)
-    for adaptive in (copy.deepcopy(model), compress(copy.deepcopy(model), "fp32")):
+    plain = copy.deepcopy(model)
+    for adaptive in (plain, compress(copy.deepcopy(model), "fp32")):
         torch.manual_seed(1)
         with AdaptiveVoting(adaptive, threshold, measure) as voting:
             generated = generate(adaptive, mask, do_sample=do_sample)
+        layers = generated.past_key_values.layers
+        kernels_decode = adaptive is not plain and len(mask) == 1
+        assert all(isinstance(layer, GrowingLayer) == kernels_decode for layer in layers[:-1])
         assert 0 < voting.share < 1
         assert_as_the_reference(model, adaptive, mask, voting, generated)
 
@@ -129,11 +134,11 @@ def test_other_ways_of_generating_agree_with_having_no_cache(make_model, options
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("values", [None, "fp32"])
-def test_catching_up_after_a_long_gap_and_after_going_back(make_model, values) -> None:
+@pytest.mark.parametrize(("values", "batch"), [(None, 2), ("fp32", 2), ("fp32", 1)])
+def test_catching_up_after_a_long_gap_and_after_going_back(make_model, values, batch) -> None:
     """The vote of a late token is that of a network that ran all its heads all along."""
     model = make_model()
-    tokens = torch.randint(1, 99, (2, 60), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(1, 99, (batch, 60), generator=torch.Generator().manual_seed(1))
     expected = model(tokens).logits
     if values is not None:
         compress(model, values)
@@ -149,7 +154,7 @@ def test_catching_up_after_a_long_gap_and_after_going_back(make_model, values) -
         cache.crop(-5)
         voting.threshold = 2
         pieces.append(model(tokens[:, 45:48], past_key_values=cache).logits)
-        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.reorder_cache(torch.arange(batch).flip(0))
         pieces.append(model(tokens[:, 48:].flip(0), past_key_values=cache).logits.flip(0))
     torch.testing.assert_close(torch.cat(pieces[:2], 1), expected[:, 40:42], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(pieces[2:], 1), expected[:, 45:], rtol=1e-4, atol=1e-4)
