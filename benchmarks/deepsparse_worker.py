@@ -1,8 +1,8 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Runs ONNX models in DeepSparse for `engines.py`, in an environment of its own (docs/engines.md).
 
-Reads lines of JSON: `{"load": path, "batch": n, "shape": [channels, height, width]}` loads a model in place of any
-other, `{"run": k}` runs the k-th model that was loaded since the last `{"clear": true}`. Answers each by a line.
+Reads orders, a line of JSON each: `{"load": path, "batch": n, "shape": [channels, height, width], "threads": n}` loads
+a model and answers what it predicts, `{"run": k}` runs the k-th model loaded since the last `{"clear": true}`.
 """
 
 import json
@@ -22,12 +22,13 @@ def main() -> None:
     engines: list[tuple[Any, list[np.ndarray]]] = []
     for line in sys.stdin:
         order = json.loads(line)
-        answer = ""
+        answer = {}
         if "load" in order:
             batch, shape = order["batch"], order["shape"]
             engine = deepsparse.Engine(model=order["load"], batch_size=batch, num_cores=order["threads"])
-            engines.append((engine, [np.zeros((batch, *shape), np.float32)]))
-            answer = deepsparse.__version__
+            inputs = [np.random.default_rng(0).standard_normal((batch, *shape), np.float32)]
+            engines.append((engine, inputs))
+            answer = {"version": deepsparse.__version__, "logits": engine.run(inputs)[0].tolist()}
         elif "run" in order:
             engine, inputs = engines[order["run"]]
             engine.run(inputs)

@@ -11,6 +11,7 @@ DeepSparse by the interpreter of its own environment (docs/engines.md). Figures,
     <family>_batch<n>_<network>_<engine>_images_per_s
     <family>_batch<n>_<network>_<engine>_over_dense_single        over the dense single network in ONNX Runtime
     <family>_batch<n>_<network>_<engine>_over_full_ensemble       over the full ensemble in ONNX Runtime
+    <family>_batch<n>_<network>_<engine>_difference               of the logits from ONNX Runtime's, of the largest one
 """
 
 import argparse
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +45,13 @@ NETWORKS = ("dense_single", "full_ensemble", *(f"neurotrails_{density}" for dens
 FAMILIES = {"resnet50": (224, 16, 10), "wrn28_10": (32, 12, 8)}
 WORKER = Path(__file__).with_name("deepsparse_worker.py")
 
-Run = Callable[[], object]
+
+@dataclass(frozen=True)
+class Loaded:
+    """A function that predicts for a batch of images, and what it predicts."""
+
+    run: Callable[[], object]
+    logits: np.ndarray
 
 
 class Engine(Protocol):
@@ -51,8 +59,8 @@ class Engine(Protocol):
 
     version: str
 
-    def load(self, path: Path, batch: int, image_size: int) -> Run:
-        """A function that predicts for a batch."""
+    def load(self, path: Path, batch: int, image_size: int) -> Loaded:
+        """The model for `images(batch, image_size)`."""
 
     def clear(self) -> None:
         """Frees what was loaded."""
@@ -69,10 +77,10 @@ class OnnxRuntime:
         # Threads that wait actively would take the cores from the engine that runs next.
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
-    def load(self, path: Path, batch: int, image_size: int) -> Run:
+    def load(self, path: Path, batch: int, image_size: int) -> Loaded:
         session = onnxruntime.InferenceSession(str(path), self.options, providers=["CPUExecutionProvider"])
         inputs = {"pixel_values": images(batch, image_size)}
-        return lambda: session.run(None, inputs)
+        return Loaded(lambda: session.run(None, inputs), session.run(None, inputs)[0])
 
     def clear(self) -> None:
         pass
@@ -87,13 +95,13 @@ class OpenVino:
         self.core, self.threads = openvino.Core(), threads
         self.version = importlib.metadata.version("openvino")
 
-    def load(self, path: Path, batch: int, image_size: int) -> Run:
+    def load(self, path: Path, batch: int, image_size: int) -> Loaded:
         model = self.core.read_model(path)
         model.reshape([batch, 3, image_size, image_size])
         options = {"INFERENCE_NUM_THREADS": self.threads, "INFERENCE_PRECISION_HINT": "f32"}
         request = self.core.compile_model(model, "CPU", options).create_infer_request()
         inputs = {0: images(batch, image_size)}
-        return lambda: request.infer(inputs)
+        return Loaded(lambda: request.infer(inputs), request.infer(inputs)[0].copy())
 
     def clear(self) -> None:
         pass
@@ -108,12 +116,13 @@ class DeepSparse:
         self.process = subprocess.Popen([python, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.threads, self.loaded = threads, 0
 
-    def load(self, path: Path, batch: int, image_size: int) -> Run:
+    def load(self, path: Path, batch: int, image_size: int) -> Loaded:
         shape = [3, image_size, image_size]
-        self.version = self._ask({"load": str(path), "batch": batch, "shape": shape, "threads": self.threads})
+        answer = self._ask({"load": str(path), "batch": batch, "shape": shape, "threads": self.threads})
+        self.version = answer["version"]
         order = {"run": self.loaded}
         self.loaded += 1
-        return lambda: self._ask(order)
+        return Loaded(lambda: self._ask(order), np.array(answer["logits"]))
 
     def clear(self) -> None:
         self._ask({"clear": True})
@@ -168,19 +177,24 @@ def measure(
     family: str, batch: int, paths: dict[str, Path], engines: dict[str, Engine], rounds: int
 ) -> dict[str, float]:
     """Figures of all networks in all engines."""
-    runs = {
+    loaded = {
         f"{name}_{engine}": engines[engine].load(path, batch, FAMILIES[family][0])
         for name, path in paths.items()
         for engine in engines
     }
-    seconds = time_interleaved(runs, rounds, warmup=2)
+    seconds = time_interleaved({name: one.run for name, one in loaded.items()}, rounds, warmup=2)
     figures = {f"{name}_images_per_s": batch / duration for name, duration in seconds.items()}
+    for name in paths:
+        expected = loaded[f"{name}_onnxruntime"].logits
+        for engine in engines:
+            difference = np.abs(loaded[f"{name}_{engine}"].logits - expected).max() / np.abs(expected).max()
+            figures[f"{name}_{engine}_difference"] = float(difference)
     for name, duration in seconds.items():
         for baseline in ("dense_single", "full_ensemble"):
             figures[f"{name}_over_{baseline}"] = seconds[f"{baseline}_onnxruntime"] / duration
-    del runs
-    for engine in engines.values():
-        engine.clear()
+    del loaded
+    for used in engines.values():
+        used.clear()
     return {f"{family}_batch{batch}_{name}": value for name, value in figures.items()}
 
 
