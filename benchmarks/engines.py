@@ -182,7 +182,7 @@ def measure(
         for name, path in paths.items()
         for engine in engines
     }
-    seconds = time_interleaved({name: one.run for name, one in loaded.items()}, rounds, warmup=2)
+    seconds = time_interleaved({name: one.run for name, one in loaded.items()}, rounds)
     figures = {f"{name}_images_per_s": batch / duration for name, duration in seconds.items()}
     for name in paths:
         expected = loaded[f"{name}_onnxruntime"].logits
@@ -237,7 +237,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     for family in FAMILIES:
         for batch in batches:
-            rounds = 3 if args.quick else 25 if batch == 1 else 5
+            rounds = 3 if args.quick else 9 if batch == 1 else 3
             figures |= measure(family, batch, paths[family], engines, rounds)
     if args.table is not None:
         args.table.write_text(table(figures, batches, engines))

@@ -21,6 +21,7 @@ from nt_transformers.models import (
     NeuroTrailsViTForImageClassification,
     NeuroTrailsWideResNetForImageClassification,
 )
+from nt_transformers.models.neurotrails_resnet.modeling_neurotrails_resnet import _vote as vote_of
 
 
 CLASSIFIERS = (
@@ -54,6 +55,17 @@ class _Classifier(nn.Module):
         return self.model(pixel_values).logits
 
 
+class _ConvolutionalClassifier(_Classifier):
+    """Pools the feature maps of each head by itself: not all engines take tensors of five dimensions."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        model: Any = self.model
+        backbone, heads = model.base_model.backbone, model.base_model.heads
+        stem = backbone(pixel_values, None)
+        pooled = {m: heads[m](stem, None).mean((-2, -1)) for m in model.active_heads}
+        return vote_of(torch.stack([model.classifiers[m](x) for m, x in pooled.items()]), model.config.vote)
+
+
 def export_onnx(model: PreTrainedModel, path: str | Path, *, image_size: int | None = None) -> None:
     """Writes the vote of a model's active heads as an ONNX file, and checks it in ONNX Runtime against torch.
 
@@ -78,7 +90,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, image_size: int | N
         raise ImportError("export_onnx needs the extra: pip install nt_transformers[onnx]") from error
     _check_model(model)
     is_text = isinstance(model, NeuroTrailsLlamaForCausalLM)
-    wrapper: nn.Module = (_LanguageModel if is_text else _Classifier)(model).eval()
+    wrapper = _wrap(model).eval()
     size = None if is_text else _image_size(model, image_size)
     inputs = _example(model, size, BATCH, SEQUENCE)
     # The axes are named by the first input; those of the other are the same.
@@ -99,6 +111,15 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, image_size: int | N
     program.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     _compare(session, wrapper, _example(model, size, BATCH + 1, SEQUENCE + 4))
+
+
+def _wrap(model: PreTrainedModel) -> nn.Module:
+    """The model as a function of tensors alone."""
+    if isinstance(model, NeuroTrailsLlamaForCausalLM):
+        return _LanguageModel(model)
+    return (_Classifier if isinstance(model, NeuroTrailsViTForImageClassification) else _ConvolutionalClassifier)(
+        model
+    )
 
 
 def _check_model(model: PreTrainedModel) -> None:
