@@ -18,8 +18,9 @@ Then test documents are read token by token with a cache, by the model as it was
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 
 import torch
 from harness import parse_args, report, time_interleaved
@@ -33,11 +34,15 @@ from nt_transformers.inference import AdaptiveScores, AdaptiveVoting, compress
 TOLERANCE = 0.005
 
 
-def sequences(data: str, model: str, length: int) -> TokenSequences:
-    """Packed documents."""
-    tokenizer = load_tokenizer(model)
-    options = {"sequence_length": length, "batch_size": 16, "packing": True, "training": False}
-    return TokenSequences(load_documents(data), tokenizer, **options)
+BATCH = 16
+
+
+def sequences(data: str, args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
+    """The first tokens of the documents, packed."""
+    length = args.sequence_length
+    options = {"sequence_length": length, "batch_size": BATCH, "packing": True, "training": False}
+    batches = TokenSequences(load_documents(data), load_tokenizer(args.model), **options)
+    return islice(batches, args.tokens // (BATCH * length))
 
 
 @torch.inference_mode()
@@ -68,8 +73,7 @@ def quality(args: argparse.Namespace, model: NeuroTrailsLlamaForCausalLM) -> dic
     figures = {}
     for measure in ("margin", "entropy"):
         validation, test = (
-            AdaptiveScores.of(model, sequences(data, args.model, args.sequence_length), measure)
-            for data in (args.validation, args.test)
+            AdaptiveScores.of(model, sequences(data, args), measure) for data in (args.validation, args.test)
         )
         threshold = validation.choose_threshold(TOLERANCE)
         full = test.perplexity(2)
@@ -92,10 +96,11 @@ def main() -> None:
     parser.add_argument("--validation", required=True, help="shards to choose the threshold on")
     parser.add_argument("--test", required=True, help="shards to measure on")
     parser.add_argument("--sequence_length", type=int, default=64, help="tokens a sequence (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of each of the two (default: %(default)s)")
     args = parse_args(parser)
     model = NeuroTrailsLlamaForCausalLM.from_pretrained(args.model).eval()
     figures = quality(args, model)
-    texts = next(iter(sequences(args.test, args.model, args.sequence_length)))["input_ids"][: 2 if args.quick else 8]
+    texts = next(iter(sequences(args.test, args)))["input_ids"][: 2 if args.quick else 8]
     heads = model.active_heads
     for form, network in {"trained": model, "compressed": compress(copy.deepcopy(model), "bf16")}.items():
         voting = AdaptiveVoting(network, figures["margin_threshold"])

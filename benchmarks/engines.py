@@ -198,11 +198,11 @@ def measure(
     return {f"{family}_batch{batch}_{name}": value for name, value in figures.items()}
 
 
-def table(figures: dict[str, float], batches: list[int], engines: dict[str, Engine]) -> str:
+def table(figures: dict[str, float], families: list[str], batches: list[int], engines: dict[str, Engine]) -> str:
     """Images per second and, in brackets, times the dense single network and the full ensemble in ONNX Runtime."""
     names = [f"{engine} {engines[engine].version}" for engine in engines]
     lines = [f"| | batch | network | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
-    for family in FAMILIES:
+    for family in families:
         for batch in batches:
             for name in NETWORKS:
                 keys = [f"{family}_batch{batch}_{name}_{engine}" for engine in engines]
@@ -223,9 +223,12 @@ def main() -> None:
         "--deepsparse", type=Path, metavar="PYTHON", help="interpreter of an environment with DeepSparse"
     )
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the figures as a table")
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="only this (may be given again)")
+    parser.add_argument("--batch", action="append", type=int, help="only this size (may be given again)")
     parser.add_argument("--export_only", action="store_true", help="write the models and end")
     args = parse_args(parser)
-    paths = {family: {name: exported(args.models, family, name) for name in NETWORKS} for family in FAMILIES}
+    families = args.family or list(FAMILIES)
+    paths = {family: {name: exported(args.models, family, name) for name in NETWORKS} for family in families}
     if args.export_only:
         return
     engines: dict[str, Engine] = {"onnxruntime": OnnxRuntime(args.threads)}
@@ -233,14 +236,14 @@ def main() -> None:
         engines["openvino"] = OpenVino(args.threads)
     if args.deepsparse is not None:
         engines["deepsparse"] = DeepSparse(args.deepsparse, args.threads)
-    batches = [1] if args.quick else [1, 16]
+    batches = args.batch or ([1] if args.quick else [1, 16])
     figures: dict[str, float] = {}
-    for family in FAMILIES:
+    for family in families:
         for batch in batches:
             rounds = 3 if args.quick else 9 if batch == 1 else 3
             figures |= measure(family, batch, paths[family], engines, rounds)
     if args.table is not None:
-        args.table.write_text(table(figures, batches, engines))
+        args.table.write_text(table(figures, families, batches, engines))
     report(figures, args)
 
 
