@@ -9,7 +9,7 @@ or the first head's, whichever the first head's certainty says, as if all heads 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, cast, get_args
@@ -151,7 +151,8 @@ class AdaptiveVoting:
         base, vote = self.model.model, self.config.vote
         use_cache = self.config.use_cache if use_cache is None else use_cache
         decoder = Decoder.of(self.model)
-        stems, head_kwargs = (base if decoder is None else decoder).run_backbone(
+        runner: Any = base if decoder is None else decoder
+        stems, head_kwargs = runner.run_backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -164,7 +165,7 @@ class AdaptiveVoting:
 
         def hidden_states(m: int, stem: Tensor) -> Tensor:
             """Of head m, [batch, kept, hidden]; it may have had to process earlier positions as well."""
-            head = base.heads[m] if decoder is None else partial(decoder.run_head, m)
+            head: Callable[..., Tensor] = base.heads[m] if decoder is None else partial(decoder.run_head, m)
             return slice_logits_to_keep(head(stem, **head_kwargs)[:, -length:], logits_to_keep)
 
         logits = self.model.lm_heads[first](hidden_states(first, stems[0]))
