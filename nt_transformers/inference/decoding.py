@@ -260,7 +260,8 @@ class Decoder:
         modules = _decoder_layers(self.model, heads)[0 if backbone else config.num_backbone_layers :]
         layers = [self._describe(layer) for layer in modules]
         # A backbone by itself is one stream without a final norm.
-        norms = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads] or [None]
+        norms: list[int | None] = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
+        norms = norms or [None]
         return _Plan(
             config.hidden_size,
             config.intermediate_size,

@@ -139,7 +139,8 @@ def _image_size(model: Any, given: int | None) -> int:
         raise ValueError("image_size: say how high and wide the images are, such as image_size=32 for CIFAR.")
     if given is not None and own not in (None, given):
         raise ValueError(f"image_size={given}: this model takes images of {own} x {own}; leave it out.")
-    return own if given is None else given
+    size: Any = own if given is None else given
+    return int(size)
 
 
 def _example(model: Any, image_size: int | None, batch: int, sequence: int) -> dict[str, Tensor]:
