@@ -4,9 +4,18 @@
 Importing registers the format of compressed checkpoints with transformers, so that `from_pretrained` reads them.
 """
 
+from .adaptive import AdaptiveScores, AdaptiveVoting
 from .compress import SparseWeightsConfig, compress, compressed_bytes
 from .linear import SparseLinear
 from .matrix import SparseMatrix
 
 
-__all__ = ["SparseLinear", "SparseMatrix", "SparseWeightsConfig", "compress", "compressed_bytes"]
+__all__ = [
+    "AdaptiveScores",
+    "AdaptiveVoting",
+    "SparseLinear",
+    "SparseMatrix",
+    "SparseWeightsConfig",
+    "compress",
+    "compressed_bytes",
+]

@@ -113,7 +113,7 @@ class Decoder:
     def __init__(self, model: NeuroTrailsLlamaForCausalLM) -> None:
         self.model = model.model
         self._usual_forward = self.model.forward
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._plans: dict[tuple[bool, tuple[int, ...]], _Plan] = {}
         # What the plans point to.
         self._memory: list[Any] = []
 
@@ -149,18 +149,55 @@ class Decoder:
             decoder = cls(cast(NeuroTrailsLlamaForCausalLM, model))
             decoder.model.forward = decoder.forward
 
+    @staticmethod
+    def of(model: NeuroTrailsLlamaForCausalLM) -> Decoder | None:
+        """The decoder that is installed in a model."""
+        owner = getattr(model.model.forward, "__self__", None)
+        return owner if isinstance(owner, Decoder) else None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `NeuroTrailsLlamaModel.forward`."""
-        layers = self._cache_layers(args, kwargs)
+        config, heads = self.model.config, self.model.active_heads
+        layers = self._cache_layers(config.num_backbone_layers + len(heads) * config.num_head_layers, args, kwargs)
         if layers is None:
             return self._usual_forward(*args, **kwargs)
-        hidden = self._decode(kwargs["input_ids"], kwargs.get("position_ids"), layers)
+        owners = [self.model] if config.num_backbone_layers > 0 else [cast(Any, self.model.heads[m]) for m in heads]
+        stems = torch.cat([owner.embed_tokens(kwargs["input_ids"])[0] for owner in owners])
+        rotary = self._rotary(stems.float(), kwargs.get("position_ids"), layers)
+        hidden = self._run(True, tuple(heads), stems, rotary, layers)
         return NeuroTrailsModelOutputWithPast(
             last_hidden_state=hidden.mean(0), past_key_values=kwargs["past_key_values"], head_hidden_states=hidden
         )
 
-    def _cache_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[GrowingLayer] | None:
-        """The cache's layers, ready for one more token; None where this call has to go the usual way."""
+    def run_backbone(self, **kwargs: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """As `NeuroTrailsLlamaModel.run_backbone`."""
+        layers = self._cache_layers(self.model.config.num_backbone_layers, (), kwargs)
+        if not layers:
+            return self.model.run_backbone(**kwargs)
+        embedding = self.model.embed_tokens(kwargs["input_ids"])[0]
+        rotary = self._rotary(embedding, kwargs.get("position_ids"), layers)
+        stem = self._run(True, (), embedding, rotary, layers)[0]
+        return [stem] * len(self.model.active_heads), {
+            "depth": self.model.config.num_head_layers,
+            "attention_mask": None,
+            "position_embeddings": rotary,
+            "position_ids": kwargs.get("position_ids"),
+            "past_key_values": kwargs["past_key_values"],
+            "use_cache": True,
+        }
+
+    def run_head(self, m: int, stem: torch.Tensor, **head_kwargs: Any) -> torch.Tensor:
+        """Head m on hidden states [batch, seq, hidden], the same shape; called as the head itself."""
+        head, cache, depth = cast(Any, self.model.heads[m]), head_kwargs["past_key_values"], head_kwargs["depth"]
+        layers = None
+        if stem.shape[:2] == (1, 1) and head_kwargs["attention_mask"] is None and 0 < depth == len(head.layers):
+            layers = _growing_layers(cache, head.layers[0].self_attn.layer_idx, depth)
+        if layers is None:
+            return cast(torch.Tensor, head(stem, **head_kwargs))
+        return self._run(False, (m,), stem[0], head_kwargs["position_embeddings"], layers)[0]
+
+    def _cache_layers(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[GrowingLayer] | None:
+        """The cache's first layers, ready for one more token; None where this call has to go the usual way."""
         tokens, cache, mask = (kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
         config = self.model.config
         simple = (
@@ -174,27 +211,35 @@ class Decoder:
             )
             and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2 and bool(mask.all())))
         )
-        depth = config.num_backbone_layers + len(self.model.active_heads) * config.num_head_layers
-        return _growing_layers(cache, depth) if simple else None
+        return _growing_layers(cache, 0, depth) if simple else None
+
+    def _rotary(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, layers: list[GrowingLayer]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if position_ids is None:
+            position_ids = torch.tensor([[layers[0].get_seq_length()]])
+        return cast(Any, self.model.rotary_emb)(hidden, position_ids)
 
     @torch.no_grad()
-    def _decode(
-        self, tokens: torch.Tensor, position_ids: torch.Tensor | None, layers: list[GrowingLayer]
+    def _run(
+        self,
+        backbone: bool,
+        heads: tuple[int, ...],
+        stems: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        layers: list[GrowingLayer],
     ) -> torch.Tensor:
-        """[heads, 1, 1, hidden] in the model's dtype."""
-        model, heads = self.model, self.model.active_heads
+        """One token through the backbone, some heads or both: [heads, 1, 1, hidden] in the model's dtype."""
         length = layers[0].get_seq_length()
         for layer in layers:
             layer.reserve(length + 1)
-        owners = [model] if model.config.num_backbone_layers > 0 else [cast(Any, model.heads[m]) for m in heads]
-        stems = torch.cat([owner.embed_tokens(tokens)[0] for owner in owners]).float().contiguous()
-        if position_ids is None:
-            position_ids = torch.tensor([[length]])
-        cosine, sine = (part.flatten().float() for part in model.rotary_emb(stems[None], position_ids))
-        out = torch.empty(len(heads), 1, 1, model.config.hidden_size)
+        stems = stems.float().contiguous()
+        cosine, sine = (part.flatten().float() for part in rotary)
+        plan = self._plan(backbone, heads)
+        out = torch.empty(plan.heads, 1, 1, plan.hidden)
         pointers = ctypes.c_void_p * len(layers)
         native.kernels().nt_decode(
-            ctypes.byref(self._plan(tuple(heads))),
+            ctypes.byref(plan),
             stems.data_ptr(),
             pointers(*(layer.buffers[0].data_ptr() for layer in layers)),
             pointers(*(layer.buffers[1].data_ptr() for layer in layers)),
@@ -208,26 +253,29 @@ class Decoder:
         )
         for layer in layers:
             layer.extend(length + 1)
-        return out.to(model.dtype)
+        return out.to(self.model.dtype)
 
-    def _plan(self, heads: tuple[int, ...]) -> _Plan:
-        if heads not in self._plans:
-            self._plans[heads] = self._build_plan(heads)
-        return self._plans[heads]
+    def _plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
+        if (backbone, heads) not in self._plans:
+            self._plans[backbone, heads] = self._build_plan(backbone, heads)
+        return self._plans[backbone, heads]
 
-    def _build_plan(self, heads: tuple[int, ...]) -> _Plan:
+    def _build_plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
         config = self.model.config
-        layers = [self._describe(layer) for layer in _decoder_layers(self.model, heads)]
-        norms = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
+        modules = _decoder_layers(self.model, heads)[0 if backbone else config.num_backbone_layers :]
+        layers = [self._describe(layer) for layer in modules]
+        # A backbone by itself is one stream without a final norm.
+        norms: list[int | None] = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
+        norms = norms or [None]
         return _Plan(
             config.hidden_size,
             config.intermediate_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
-            config.num_backbone_layers,
-            len(heads),
-            config.num_head_layers,
+            config.num_backbone_layers if backbone else 0,
+            len(norms),
+            config.num_head_layers if heads else 0,
             (_Layer * len(layers))(*layers),
             (ctypes.c_void_p * len(norms))(*norms),
             config.rms_norm_eps,
@@ -252,15 +300,16 @@ def _decoder_layers(model: Any, heads: Any) -> list[nn.Module]:
     return [*model.layers, *(layer for m in heads for layer in model.heads[m].layers)]
 
 
-def _growing_layers(cache: Cache | None, depth: int) -> list[GrowingLayer] | None:
-    """The first `depth` layers of a filled dynamic cache, turned into growing ones; None for any other cache."""
-    if not isinstance(cache, DynamicCache) or len(cache.layers) < depth:
+def _growing_layers(cache: Cache | None, first: int, depth: int) -> list[GrowingLayer] | None:
+    """`depth` layers of a filled dynamic cache, turned into growing ones; None for any other cache."""
+    if not isinstance(cache, DynamicCache) or len(cache.layers) < first + depth:
         return None
-    layers = cast(list[DynamicLayer], cache.layers[:depth])
+    layers = cast(list[DynamicLayer], cache.layers[first : first + depth])
     for slot, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, GrowingLayer) or layer.get_seq_length() == 0:
             return None
         if not isinstance(layer, GrowingLayer):
-            layers[slot] = cache.layers[slot] = GrowingLayer(layer)
+            layers[slot] = cache.layers[first + slot] = GrowingLayer(layer)
     growing = cast(list[GrowingLayer], layers)
-    return growing if growing[0].keys.shape[0] == 1 and growing[0].keys.dtype in _CACHE_TYPES else None
+    same = all(layer.keys.shape[0] == 1 and layer.keys.dtype in _CACHE_TYPES for layer in growing)
+    return growing if same else None
