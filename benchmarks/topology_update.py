@@ -37,7 +37,7 @@ def main() -> None:
 
     def forward_backward() -> None:
         optimizer.zero_grad()
-        model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss.backward()
+        model(tokens, labels=tokens, use_cache=False, skip_logits=True, headwise_backward=True).loss.backward()
 
     seconds = time_interleaved(
         {"forward_backward": forward_backward, "update": sparsifier.step},

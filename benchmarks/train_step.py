@@ -11,13 +11,16 @@ left of the difference, 2 %, is divided out:
     neurotrails_over_llama_same_flops = (neurotrails / its FLOPs) / (llama / its FLOPs)
 
 Stock LLaMA has one output layer, NeuroTrails three: its extra softmaxes count against it, FLOPs counting only matrix
-products. At the small size also:
+products. NeuroTrails steps as the recipes do on one process, with headwise backward. At the small size also, each over
+that step:
 
-- the mask: the same step with the sparsifier (density 0.9, no topology update) over the step without,
-  masked_over_unmasked = neurotrails_masked / neurotrails
-- headwise backward, and activation checkpointing of the heads, over the plain step;
-- the full ensemble, stock models of the single network's depth trained in turn, one for each head;
-- the stock single network, scaled by its FLOPs.
+- the mask: with the sparsifier (density 0.9, no topology update),
+  masked_over_unmasked = neurotrails_masked / neurotrails;
+- options: one backward pass for all heads (plain), activation checkpointing of the heads, bfloat16 autocast, an Adam
+  that is not fused, and, unless --quick, compiled layers, with their compilation untimed;
+
+and it over the full ensemble, stock models of the single network's depth trained in turn, one for each head, and over
+the stock single network, scaled by its FLOPs.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from collections.abc import Callable
 import torch
 from harness import SIZES, parse_args, report, time_interleaved
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
 from nt_transformers.sparsity import Sparsifier, SparsityConfig
@@ -49,14 +53,22 @@ def llama(shape: dict[str, int], layers: int) -> LlamaForCausalLM:
 
 
 def training_step(
-    model: PreTrainedModel, tokens: torch.Tensor, sparsity: SparsityConfig | None = None, **forward_kwargs: bool
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    sparsity: SparsityConfig | None = None,
+    *,
+    fused: bool = True,
+    bf16: bool = False,
+    **forward_kwargs: bool,
 ) -> Callable[[], None]:
     """A function that trains `model`, sparse if so configured, for one step on `tokens` [batch, seq]."""
-    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-4, fused=fused)
     sparsifier = Sparsifier(model, optimizer, sparsity, total_steps=1000) if sparsity else None
 
     def step() -> None:
-        model(tokens, labels=tokens, use_cache=False, **forward_kwargs).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(tokens, labels=tokens, use_cache=False, **forward_kwargs).loss
+        loss.backward()
         optimizer.step()
         if sparsifier:
             sparsifier.step()
@@ -91,22 +103,34 @@ def main() -> None:
     def neurotrails() -> NeuroTrailsLlamaForCausalLM:
         return NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaConfig(**shape))
 
-    steps = {
-        "neurotrails": training_step(neurotrails(), tokens, skip_logits=True),
-        "llama": training_step(llama(shape, depth), tokens),
-    }
+    def neurotrails_step(
+        model: NeuroTrailsLlamaForCausalLM | None = None,
+        sparsity: SparsityConfig | None = None,
+        headwise_backward: bool = True,
+        **options: bool,
+    ) -> Callable[[], None]:
+        options |= {"skip_logits": True, "headwise_backward": headwise_backward}
+        return training_step(model or neurotrails(), tokens, sparsity, **options)
+
+    steps = {"neurotrails": neurotrails_step(), "llama": training_step(llama(shape, depth), tokens)}
     if args.size == "small":
         checkpointing = neurotrails()
         checkpointing.activation_checkpointing_enable(heads_only=True)
         steps |= {
-            "neurotrails_masked": training_step(
-                neurotrails(), tokens, SparsityConfig(method="static"), skip_logits=True
-            ),
-            "neurotrails_headwise": training_step(neurotrails(), tokens, skip_logits=True, headwise_backward=True),
-            "neurotrails_checkpointing_heads": training_step(checkpointing, tokens, skip_logits=True),
+            "neurotrails_masked": neurotrails_step(sparsity=SparsityConfig(method="static")),
+            "neurotrails_plain": neurotrails_step(headwise_backward=False),
+            "neurotrails_checkpointing_heads": neurotrails_step(checkpointing, headwise_backward=False),
+            "neurotrails_bf16": neurotrails_step(bf16=True),
+            "neurotrails_unfused_adam": neurotrails_step(fused=False),
             "separate_models": in_turn([training_step(llama(shape, layers), tokens) for _ in range(heads)]),
             "llama_single": training_step(llama(shape, layers), tokens),
         }
+        if not args.quick:
+            compiled = neurotrails()
+            for module in compiled.modules():
+                if isinstance(module, LlamaDecoderLayer):
+                    module.compile()
+            steps["neurotrails_compiled"] = neurotrails_step(compiled)
     rounds = (5 if args.quick else 15) if args.size == "small" else (2 if args.quick else 7)
     seconds = time_interleaved(steps, rounds=rounds)
 
@@ -118,11 +142,12 @@ def main() -> None:
         single = seconds["llama_single"] * flops / forward_flops(shape, layers, 1)
         figures |= {
             "masked_over_unmasked": seconds["neurotrails_masked"] / seconds["neurotrails"],
-            "headwise_over_plain": seconds["neurotrails_headwise"] / seconds["neurotrails"],
-            "checkpointing_heads_over_plain": seconds["neurotrails_checkpointing_heads"] / seconds["neurotrails"],
             "neurotrails_over_separate_models": seconds["neurotrails"] / seconds["separate_models"],
             "neurotrails_over_llama_single_scaled": seconds["neurotrails"] / single,
         }
+        for option in ("plain", "checkpointing_heads", "bf16", "unfused_adam", "compiled"):
+            if (name := f"neurotrails_{option}") in seconds:
+                figures[f"{option}_over_neurotrails"] = seconds[name] / seconds["neurotrails"]
     figures |= {f"{name}_s": value for name, value in seconds.items()}
     report(figures | {"llama_layers": depth, "forward_gflops_per_step": flops * BATCH * SEQUENCE / 1e9}, args)
 

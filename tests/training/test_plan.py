@@ -133,7 +133,7 @@ optimizer = build_optimizer(model, config)
 sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=100)
 tokens = torch.randint(500, (config.per_device_batch_size, config.data.sequence_length))
 for _ in range(2):
-    config.loss(model, input_ids=tokens, labels=tokens)[0].backward()
+    config.loss(model, alone=True, input_ids=tokens, labels=tokens)[0].backward()
     optimizer.step()
     sparsifier.step()
     optimizer.zero_grad()
@@ -144,7 +144,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"per_device_batch_size": 96}, {"per_device_batch_size": 192, "headwise_backward": True}],
+    [{"per_device_batch_size": 96, "headwise_backward": False}, {"per_device_batch_size": 192}],
     ids=["plain", "headwise"],
 )
 def test_planned_memory_is_what_training_takes(options: dict[str, Any]) -> None:

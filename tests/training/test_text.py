@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,8 +45,23 @@ def test_a_run_leaves_a_checkpoint_that_loads(run_config: RunConfig) -> None:
         assert f"| {value:.2f} |" in card
 
 
+@pytest.mark.parametrize("choice", [None, False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_heads_are_differentiated_one_by_one_on_a_single_process(
+    run_config: RunConfig, choice: bool | None, alone: bool
+) -> None:
+    calls: list[bool] = []
+
+    def model(headwise_backward: bool, **_: Any) -> Any:
+        calls.append(headwise_backward)
+        return SimpleNamespace(loss=None, head_losses=None)
+
+    run_config(headwise_backward=choice).loss(model, alone=alone)  # type: ignore[arg-type]
+    assert calls == [alone if choice is None else choice]
+
+
 def test_a_run_that_saves_memory_trains_the_same_network(run_config: RunConfig, tmp_path: Path) -> None:
-    plain = train_language_model(run_config())
+    plain = train_language_model(run_config(headwise_backward=False))
     options: dict[str, Any] = {"activation_checkpointing": "heads", "headwise_backward": True}
     lean = train_language_model(run_config(output_dir=str(tmp_path / "lean"), **options))
     assert lean["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)

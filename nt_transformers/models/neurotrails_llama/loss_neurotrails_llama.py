@@ -22,7 +22,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     Takes hidden states [tokens, hidden], weight [vocab, hidden] and targets [tokens]; returns a float32 scalar. The
     forward pass also computes the gradients, in the chunk's own buffer; the backward pass scales them. Like a linear
-    layer it multiplies in the autocast dtype; softmax, loss and weight gradient are float32.
+    layer it multiplies in the autocast dtype; softmax, loss and weight gradient are float32 (torch's own
+    `linear_cross_entropy` ignores autocast, and returns the loss of bfloat16 inputs in bfloat16).
     """
 
     @staticmethod
