@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import PreTrainedModel
 
 from .config import TrainingConfig
 
@@ -72,14 +72,14 @@ def check_shardable(model: nn.Module) -> None:
         )
 
 
-def name_sharded_units(model: PreTrainedModel) -> None:
+def name_sharded_units(model: Any) -> None:
     """Lets a model name only those units of sharding that accelerate can shard: it has them, and they do not hold the
     input embeddings, which become a unit of their own."""
     embeddings = model.get_input_embeddings()
     holders = {type(module).__name__ for module in model.modules() if embeddings in list(module.modules())[1:]}
     present = {type(module).__name__ for module in model.modules()} - holders
     names = model._no_split_modules or []
-    model._no_split_modules = [name for name in names if name in present]  # type: ignore[assignment]
+    model._no_split_modules = [name for name in names if name in present]
 
 
 @contextmanager
