@@ -196,7 +196,7 @@ class LanguageModelTrainingConfig(TrainingConfig):
         activation_checkpointing: Layers that keep nothing but their input for the backward pass and run twice: those
             of the `heads`, `all`, or `none`.
         headwise_backward: Compute each head's gradients before the next head runs, so that the activations of the
-            backbone and of one head are alive at a time. Null: on a single process, where it is also the fastest; with
+            backbone and of one head are alive at a time. Null: on a single process, where it takes no longer; with
             several, gradients travel while others are still computed, of which it leaves less. Not with FSDP2.
         compile: Compile the decoder layers by `torch.compile`: minutes at the start for faster steps.
     """
