@@ -220,6 +220,12 @@ def test_fsdp_does_not_shard_channels_last(run_config: RunConfig) -> None:
         VisionTask(run_config(channels_last=True), SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
 
 
+def test_fsdp_does_not_convert_batch_norms(run_config: RunConfig) -> None:
+    accelerator: Any = SimpleNamespace(is_fsdp2=True, mixed_precision="bf16")
+    with pytest.raises(ValueError, match="mixed_precision='bf16': FSDP2 would convert batch norms.*DDP"):
+        VisionTask(run_config(), accelerator)
+
+
 class TestBadInput:
     """Each mistake is named before anything is trained or overwritten."""
 

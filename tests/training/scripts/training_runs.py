@@ -121,7 +121,7 @@ def vit(sources: Sources, **fields: Any) -> VisionTrainingConfig:
 TEXT: dict[str, Callable[..., Any]] = {"padded": padded, "streamed": streamed, "continued": continued}
 IMAGES: dict[str, Callable[..., Any]] = {"wide_resnet": wide_resnet, "resnet": resnet, "vit": vit}
 KINDS = TEXT | IMAGES
-BF16 = ("padded", "wide_resnet", "vit")
+BF16 = ("padded", "vit")
 
 
 def train(kind: str, folder: Path, sources: Sources, **fields: Any) -> None:
