@@ -81,14 +81,16 @@ class RobustnessTest:
 
 
 def mean_figures(figures: Iterable[Figures]) -> Figures:
-    """The mean of each figure, that of lists head by head; `images` is left out."""
+    """The mean of each figure, that of lists head by head; `images` and `reliability` are left out."""
     listed = list(figures)
     means: Figures = {}
     for name, first in listed[0].items():
         values = [entry[name] for entry in listed]
+        if name in ("images", "reliability"):
+            continue
         if isinstance(first, list):
             means[name] = [sum(heads) / len(listed) for heads in zip(*values, strict=True)]
-        elif name != "images":
+        else:
             means[name] = sum(values) / len(listed)
     return means
 

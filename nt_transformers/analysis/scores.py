@@ -79,23 +79,26 @@ class EnsembleScores:
         `eval_kl` the mean Kullback-Leibler divergence between two heads, over all pairs.
         """
         own = _place(vote)
-        losses = self.members()["nll"]
         result: dict[str, Any] = {}
         for name, values in self.members().items():
             name = {"nll": "loss"}.get(name, name)
             result |= {f"eval_{name}": float(values[own]), f"eval_{name}_heads": values[_HEADS].tolist()}
-        result |= {
-            "eval_disagreement": self.disagreement,
-            "eval_ambiguity": float(losses[_HEADS].mean() - losses[own]),
-        }
-        return result | (self._divergences(own) if "bins" in self.sums else {})
+        return result | {f"eval_{name}": value for name, value in self._differences(own).items()}
 
-    def _divergences(self, own: int) -> dict[str, Any]:
+    def _differences(self, own: int) -> dict[str, Any]:
+        """How the heads differ and, with calibration, what the vote's confidence is worth; `own` is the vote."""
+        losses = self.members()["nll"]
+        result = {
+            "disagreement": self.disagreement,
+            "ambiguity": float(losses[_HEADS].mean() - losses[own]),
+        }
+        if "bins" not in self.sums:
+            return result
         cross_entropies, entropies = self.sums["cross_entropy"] / self.items, self.sums["entropy"] / self.items
-        return {
-            "eval_kl": float(mean_of_pairs(cross_entropies - cross_entropies.diagonal()[:, None])),
-            "eval_mutual_information": float(entropies[_place("probs")] - entropies[_HEADS].mean()),
-            "eval_reliability": reliability_diagram(self.sums["bins"][own]),
+        return result | {
+            "kl": float(mean_of_pairs(cross_entropies - cross_entropies.diagonal()[:, None])),
+            "mutual_information": float(entropies[_place("probs")] - entropies[_HEADS].mean()),
+            "reliability": reliability_diagram(self.sums["bins"][own]),
         }
 
     def language_figures(self, vote: str) -> dict[str, Any]:
@@ -112,13 +115,13 @@ class EnsembleScores:
     def classifier_figures(self, vote: str) -> dict[str, Any]:
         """`accuracy`, `nll`, `ece` and `brier` of the model's own vote ("probs" or "logits") by their names, of each
         vote with the suffix `_probs_vote` and `_logits_vote`, of the heads as a list with the suffix `_heads`;
-        `disagreement`; `images`."""
+        `disagreement`, `ambiguity`, `kl`, `mutual_information` and `reliability` as in `figures`; `images`."""
         result: dict[str, Any] = {}
         for name, values in self.members().items():
             result |= {name: float(values[_place(vote)])}
             result |= {f"{name}_{other}_vote": float(values[_place(other)]) for other in VOTES}
             result[f"{name}_heads"] = values[_HEADS].tolist()
-        return result | {"disagreement": self.disagreement, "images": self.items}
+        return result | self._differences(_place(vote)) | {"images": self.items}
 
 
 # Of the M + 2 predictors.

@@ -23,8 +23,8 @@ active (density {{ density }} of the weights that the topology covers, method `{
 
 ## Measured
 
-On the {{ images_tested }} images of `{{ test_data }}`, which had no part in training or in any choice, after
-{{ images_trained }} training images (augmented, repeats counted):
+On {{ measured_on }}, after {{ images_trained }} training images
+(augmented, repeats counted):
 
 | prediction | accuracy | NLL | ECE (15 bins) | Brier |
 |---|---|---|---|---|
@@ -61,18 +61,25 @@ FIGURES = ("accuracy", "nll", "ece", "brier")
 
 
 def image_classifier_card(name: str, license: str, model: PreTrainedModel, summary: dict[str, Any]) -> ModelCard:
-    """The card of a trained image classifier, filled with the measured test figures of `summary`.
+    """The card of a trained image classifier, filled with the figures of `summary`: those on test images, or on
+    held-out ones where test images were left alone.
 
     `name` is what the model is loaded by: its id on the hub, or the name of its folder.
     """
     config, run = model.config, summary["config"]
+    prefix = "test" if "test_accuracy" in summary else "eval"
     predictions = {
-        "vote, mean probability": [summary[f"test_{figure}_probs_vote"] for figure in FIGURES],
-        "vote, mean logit": [summary[f"test_{figure}_logits_vote"] for figure in FIGURES],
+        "vote, mean probability": [summary[f"{prefix}_{figure}_probs_vote"] for figure in FIGURES],
+        "vote, mean logit": [summary[f"{prefix}_{figure}_logits_vote"] for figure in FIGURES],
     }
     for head in range(config.num_ensemble_heads):
-        predictions[f"head {head}"] = [summary[f"test_{figure}_heads"][head] for figure in FIGURES]
-    test_data = f"{run['data.test'] or run['data.train']}, {run['data.test_split']}"
+        predictions[f"head {head}"] = [summary[f"{prefix}_{figure}_heads"][head] for figure in FIGURES]
+    if prefix == "test":
+        source = f"{run['data.test'] or run['data.train']}, {run['data.test_split']}"
+        measured_on = f"the {summary['test_images']:,} images of `{source}`, which had no part in training or any choice"
+    else:
+        source = f"held-out images of {run['data.train']}, {run['data.train_split']}"
+        measured_on = f"{summary['eval_images']:,} {source}"
     card_data = ModelCardData(
         library_name="transformers",
         license=license,
@@ -83,7 +90,7 @@ def image_classifier_card(name: str, license: str, model: PreTrainedModel, summa
             EvalResult(
                 task_type="image-classification",
                 dataset_type="image",
-                dataset_name=test_data,
+                dataset_name=source,
                 metric_type=figure,
                 metric_name=f"{figure}, {label}",
                 metric_value=value,
@@ -110,11 +117,10 @@ def image_classifier_card(name: str, license: str, model: PreTrainedModel, summa
         density=f"{summary['density']:.4g}",
         method=run["sparsity.method"],
         vote={"probs": "probability", "logits": "logit"}[config.vote],
-        images_tested=f"{summary['test_images']:,}",
+        measured_on=measured_on,
         images_trained=f"{summary['images']:,}",
-        test_data=test_data,
         rows="\n".join(rows),
-        disagreement=f"{summary['test_disagreement']:.1%}",
+        disagreement=f"{summary[f'{prefix}_disagreement']:.1%}",
         data=run["data.train"],
         mode="RGB" if config.num_channels == 3 else "L",
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""What every recipe does around the loop: start trackers, train, and sum the run up."""
+"""What every recipe does around the loop: start trackers, train, and sum the run up, with what it cost."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ..analysis import ModelCost
 from ..sparsity.sparsifier import SparsitySummary
 from .config import TrainingConfig
 from .loop import Task, TrainingLoop
@@ -46,3 +47,16 @@ def run_training(
         "config": config.identity(),
     }
     return network, topology, summary
+
+
+def cost_figures(config: TrainingConfig, cost: ModelCost, item: str, positions: int) -> dict[str, Any]:
+    """FLOPs for `summary.json`: of an `item` (token, image), and of training on all `positions`.
+
+    The latter is None for `gmp`: while it prunes, its cost changes from step to step.
+    """
+    training = cost.training(config.sparsity.dense_gradient_interval)
+    return {
+        f"forward_flops_per_{item}": cost.forward,
+        f"training_flops_per_{item}": training,
+        "training_flops": None if config.sparsity.method == "gmp" else training * positions,
+    }

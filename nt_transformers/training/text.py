@@ -32,7 +32,7 @@ from .export import export_checkpoint, model_card
 from .hub import create_hub_repository, push_run
 from .loop import Batch, Position
 from .plan import Hardware, Plan, plan_training
-from .run import run_training
+from .run import cost_figures, run_training
 
 
 # For checks of the shape before the tokenizer is known.
@@ -342,16 +342,9 @@ def train_language_model(config: TextTrainingConfig | ContinuedTextTrainingConfi
         task = TextTask(config, accelerator)
         repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
         network, topology, summary = run_training(config, task, accelerator)
-        cost = _cost(config, network, topology)
-        training_flops = cost.training(config.sparsity.dense_gradient_interval)
         # Padding is computed as well.
         positions = summary["steps"] * config.global_batch_size * config.data.sequence_length
-        summary |= {
-            "forward_flops_per_token": cost.forward,
-            "training_flops_per_token": training_flops,
-            # While gmp prunes, its cost changes from step to step.
-            "training_flops": None if config.sparsity.method == "gmp" else training_flops * positions,
-        }
+        summary |= cost_figures(config, _cost(config, network, topology), "token", positions)
         if accelerator.is_main_process:
             output_dir = Path(config.output_dir)
             card = model_card(repository or output_dir.resolve().name, config.license, network, summary)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from .. import models  # noqa: F401  (registers them with the Auto classes)
-from ..analysis import EnsembleScores, image_model_cost, score_classifier
+from ..analysis import EnsembleScores, ModelCost, image_model_cost, score_classifier
 from ..data.image_batches import (
     EvaluationBatches,
     TrainingBatches,
@@ -25,6 +25,7 @@ from ..data.image_batches import (
 )
 from ..data.images import ImageDataConfig, LabelledImages
 from ..sparsity import planned_nonzeros
+from ..sparsity.sparsifier import SparsitySummary
 from ..validation import check, check_types
 from .config import FREE_ON_RESUME, TrainingConfig
 from .engine import accelerated
@@ -33,7 +34,7 @@ from .hub import create_hub_repository, push_run
 from .image_card import image_classifier_card
 from .loop import Batch, Position
 from .plan import Hardware, Plan, plan_training
-from .run import run_training
+from .run import cost_figures, run_training
 
 
 @dataclass(kw_only=True)
@@ -206,11 +207,15 @@ class VisionTask:
         return {f"{prefix}_{name}": value for name, value in figures.items()}
 
 
-def train_image_classifier(config: VisionTrainingConfig) -> dict[str, Any]:
+def train_image_classifier(config: VisionTrainingConfig, *, test: bool = True) -> dict[str, Any]:
     """Trains as `config` says and leaves a Hub checkpoint in `config.output_dir`.
 
     The checkpoint holds the last weights: no figure chooses among those on the way. The test images are used once,
     after training.
+
+    Args:
+        config: The run.
+        test: Whether the test images are used at all; without them the figures are those of held-out images only.
 
     Returns:
         The final figures, as in `summary.json`.
@@ -218,11 +223,16 @@ def train_image_classifier(config: VisionTrainingConfig) -> dict[str, Any]:
     Raises:
         ValueError: anything in `config` is unusable; nothing has been trained or overwritten then.
     """
+    remedy = "hold images out: nothing else tells how good the network is"
+    check(test or config.data.validation_size > 0, "data.validation_size", config.data.validation_size, remedy)
     with accelerated(config) as accelerator:
         task = VisionTask(config, accelerator)
         repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
-        network, _, summary = run_training(config, task, accelerator)
-        summary = task.test() | summary
+        network, topology, summary = run_training(config, task, accelerator)
+        cost = _cost(config, network, topology)
+        summary |= cost_figures(config, cost, "image", summary["steps"] * config.global_batch_size)
+        if test:
+            summary = task.test() | summary
         if accelerator.is_main_process:
             output_dir = Path(config.output_dir)
             card = image_classifier_card(repository or output_dir.resolve().name, config.license, network, summary)
@@ -230,3 +240,11 @@ def train_image_classifier(config: VisionTrainingConfig) -> dict[str, Any]:
             if repository is not None:
                 push_run(output_dir, repository)
     return summary
+
+
+def _cost(config: VisionTrainingConfig, network: Any, topology: SparsitySummary) -> ModelCost:
+    # The network itself may be sharded over processes.
+    with torch.device("meta"):
+        whole = type(network)(network.config)
+    nonzeros = {name: tensor.nonzeros for name, tensor in topology.tensors.items()}
+    return image_model_cost(whole, config.data.image_size, config.data.num_channels, nonzeros)
