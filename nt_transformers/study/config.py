@@ -7,7 +7,10 @@ from typing import Any, Literal
 from ..validation import check
 
 
-Budget = Literal["tokens", "flops"]
+KindName = Literal["text", "vision"]
+Budget = Literal["tokens", "epochs", "flops"]
+# What it is called that all methods see the same data equally often.
+EQUAL_DATA: dict[KindName, Budget] = {"text": "tokens", "vision": "epochs"}
 
 
 @dataclass(kw_only=True)
@@ -17,10 +20,10 @@ class Grid:
     Args:
         method: Names out of the study's `methods`.
         density: Share of weights kept.
-        num_head_layers: Layers of each ensemble head, B.
+        num_head_layers: Layers (of a convolutional network: blocks) of each ensemble head, B.
         num_ensemble_heads: Ensemble heads, M.
-        budget: `tokens`: the study's `max_steps`. `flops`: as many steps as cost what those of the study's
-            `flops_reference` cost.
+        budget: `tokens` (text) or `epochs` (vision): the study's `max_steps`, the default. `flops`: as many steps as
+            cost what those of the study's `flops_reference` cost.
         seed: Seeds.
     """
 
@@ -28,8 +31,32 @@ class Grid:
     density: list[float | None] = field(default_factory=lambda: [None])
     num_head_layers: list[int | None] = field(default_factory=lambda: [None])
     num_ensemble_heads: list[int | None] = field(default_factory=lambda: [None])
-    budget: list[Budget] = field(default_factory=lambda: ["tokens"])
+    budget: list[Budget] = field(default_factory=list)
     seed: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(kw_only=True)
+class ImageTest:
+    """How finished classifiers are measured: on all test images as they are, and on some of them corrupted.
+
+    Args:
+        corruptions: Which ones; null for the 15 standard ones, none for clean images only.
+        severities: Which ones of 1 to 5.
+        images: How many of the test images are corrupted, drawn once; null for all.
+    """
+
+    corruptions: list[str] | None = None
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        from ..data.corruptions import CORRUPTIONS, SEVERITIES  # which need torchvision, as all of vision
+
+        for name in self.corruptions or []:
+            check(name in CORRUPTIONS, "test.corruptions", name, f"choose from {', '.join(CORRUPTIONS)}")
+        known = bool(self.severities) and set(self.severities) <= set(SEVERITIES)
+        check(known, "test.severities", self.severities, "choose from 1 to 5")
+        check(self.images is None or self.images >= 1, "test.images", self.images, "give at least 1, or null for all")
 
 
 @dataclass(kw_only=True)
@@ -37,16 +64,18 @@ class StudyConfig:
     """A study.
 
     Args:
+        kind: What the networks work on: `text` (`recipes/train_c4.py`) or `vision` (`recipes/train_vision.py`).
         output_dir: Folder of the study: one folder for each run, and `results.jsonl`.
         setting: What the reader of the report should know about data, size and budget.
-        training: Fields of a training run on text that all runs share, nested as in the recipes' files.
+        training: Fields of a training run that all runs share, nested as in the recipes' files.
         methods: For each method, by name, the fields in which its runs differ from `training`.
         learning_rates: Peak learning rates. If there are several, each method tries them in short runs and takes what
-            gives the lowest loss on validation documents.
+            gives the lowest loss on validation data.
         tuning_steps: Optimizer steps of such a short run.
         flops_reference: The method whose training cost is the budget `flops`.
         grids: What is run, in this order; a run that two grids ask for is done once.
-        test: Documents on which every finished run is measured once; nothing is chosen by them.
+        test: Of text: the documents on which every finished run is measured once. Of vision: how it is measured on
+            the test images of `training.data`. Nothing is chosen by them.
         processes: Runs at a time, 1 or 2; they share the processor's cores.
         dry_run: Only show the runs with their costs.
     """
@@ -56,8 +85,9 @@ class StudyConfig:
     methods: dict[str, dict[str, Any]]
     learning_rates: list[float]
     grids: list[Grid]
-    test: str
+    test: str | ImageTest
     flops_reference: str
+    kind: KindName = "text"
     setting: str = ""
     tuning_steps: int | None = None
     processes: int = 2
@@ -67,9 +97,15 @@ class StudyConfig:
         check(bool(self.grids), "grids", self.grids, "give at least one")
         known = f"choose from the study's methods, {', '.join(self.methods)}"
         check(self.flops_reference in self.methods, "flops_reference", self.flops_reference, known)
+        equal = EQUAL_DATA[self.kind]
         for index, grid in enumerate(self.grids):
             for method in grid.method:
                 check(method in self.methods, f"grids[{index}].method", method, known)
+            grid.budget = grid.budget or [equal]
+            for budget in grid.budget:
+                check(budget in (equal, "flops"), f"grids[{index}].budget", budget, f"choose {equal} or flops")
+        remedies = {"text": "name the test documents", "vision": "give its fields, such as severities: [1, 3, 5]"}
+        check(isinstance(self.test, str) == (self.kind == "text"), "test", self.test, remedies[self.kind])
         own = ("output_dir", "seed", "learning_rate", "resume_from_checkpoint")
         for name in own:
             check(name not in self.training, f"training.{name}", self.training.get(name), "leave it to the study")

@@ -10,14 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..analysis import ModelCost, language_model_cost
-from ..data import load_tokenizer
-from ..sparsity import planned_nonzeros
-from ..training import TextTrainingConfig, build_config
+from ..training import build_config
 from ..validation import check
 from .config import StudyConfig
+from .kind import Outline, kind_of
 
 
 TUNING = "tuning"
@@ -38,14 +34,14 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that can be started: its point of the grid, configuration, cost per token, and folder.
+    """A run that can be started: its point of the grid, configuration, network, and folder.
 
     The name ends with a digest of everything that decides over the result: a run whose settings change is another run.
     """
 
     spec: RunSpec
-    training: TextTrainingConfig
-    cost: ModelCost
+    training: Any
+    outline: Outline
     name: str
 
     @property
@@ -53,14 +49,9 @@ class Run:
         return Path(self.training.output_dir)
 
     @property
-    def training_flops_per_token(self) -> float:
-        return self.cost.training(self.training.sparsity.dense_gradient_interval)
-
-    @property
     def total_flops(self) -> float:
         """FLOPs of the whole training."""
-        tokens = self.training.global_batch_size * self.training.data.sequence_length
-        return self.training_flops_per_token * self.training.max_steps * tokens
+        return self.training.max_steps * _flops_per_step(self.training, self.outline)
 
 
 class StudyPlan:
@@ -72,12 +63,13 @@ class StudyPlan:
 
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
-        self.tokenizer = load_tokenizer(config.training["data"]["tokenizer"])
-        self._costs: dict[str, ModelCost] = {}
+        self.kind = kind_of(config.kind)
+        self._outlines: dict[str, Outline] = {}
         steps = config.training.get("max_steps")
-        check(isinstance(steps, int) and steps >= 1, "training.max_steps", steps, "give the steps of equal tokens")
+        remedy = "give the steps of all runs but those of equal FLOPs"
+        check(isinstance(steps, int) and steps >= 1, "training.max_steps", steps, remedy)
         self.steps: int = config.training["max_steps"]
-        self.reference_flops = self._flops_per_token(RunSpec(config.flops_reference))
+        self.reference_flops = self._flops_per_step(RunSpec(config.flops_reference))
 
     def specs(self) -> list[RunSpec]:
         """The points of all grids in order, each once."""
@@ -101,34 +93,34 @@ class StudyPlan:
     def run(self, spec: RunSpec) -> Run:
         """The run of one point."""
         training = self._training(spec, self._steps(spec))
-        relevant = {"training": training.identity(), "test": self.config.test, "budget": spec.budget}
+        test = dataclasses.asdict(self.config)["test"]
+        relevant = {"training": training.identity(), "test": test, "budget": spec.budget}
         digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()
-        model = training.model
-        split = f"{model.num_ensemble_heads}x{model.num_head_layers or model.num_hidden_layers}"
+        outline = self._outline(training)
+        split = f"{outline.shape['num_ensemble_heads']}x{outline.shape['num_head_layers']}"
         density = f"{training.sparsity.density:g}"
         name = "-".join([spec.method, density, split, spec.budget, f"seed{spec.seed}", digest])
         folder = Path(self.config.output_dir) / "runs" / name
-        return Run(spec, dataclasses.replace(training, output_dir=str(folder)), self._cost(training), name)
+        return Run(spec, dataclasses.replace(training, output_dir=str(folder)), outline, name)
 
     def _steps(self, spec: RunSpec) -> int:
         if spec.budget == TUNING:
             assert self.config.tuning_steps is not None
             return self.config.tuning_steps
-        if spec.budget == "tokens":
+        if spec.budget != "flops":
             return self.steps
         sparsity = self._training(spec, self.steps).sparsity
-        remedy = "its cost changes while it prunes; compare it at equal tokens only"
+        remedy = "its cost changes while it prunes; leave it out of the budget flops"
         check(sparsity.method != "gmp", f"methods.{spec.method}.sparsity.method", sparsity.method, remedy)
-        return max(round(self.steps * self.reference_flops / self._flops_per_token(spec)), 1)
+        return max(round(self.steps * self.reference_flops / self._flops_per_step(spec)), 1)
 
-    def _flops_per_token(self, spec: RunSpec) -> float:
+    def _flops_per_step(self, spec: RunSpec) -> float:
         training = self._training(spec, self.steps)
-        return self._cost(training).training(training.sparsity.dense_gradient_interval)
+        return _flops_per_step(training, self._outline(training))
 
-    def _training(self, spec: RunSpec, steps: int) -> TextTrainingConfig:
-        model = {"num_head_layers": spec.num_head_layers, "num_ensemble_heads": spec.num_ensemble_heads}
+    def _training(self, spec: RunSpec, steps: int) -> Any:
         point = {
-            "model": {name: value for name, value in model.items() if value is not None},
+            "model": self.kind.split(spec.num_ensemble_heads, spec.num_head_layers),
             "sparsity": {} if spec.density is None else {"density": spec.density},
             "seed": spec.seed,
             "max_steps": steps,
@@ -138,36 +130,38 @@ class StudyPlan:
         }
         fields = _merged(_merged(self.config.training, self.config.methods[spec.method]), point)
         try:
-            return build_config(TextTrainingConfig, fields)
+            return build_config(self.kind.config_class, fields)
         except ValueError as error:
             raise ValueError(f"methods.{spec.method}: {error}") from error
 
-    def _cost(self, training: TextTrainingConfig) -> ModelCost:
+    def _outline(self, training: Any) -> Outline:
         key = json.dumps(
             [dataclasses.asdict(part) for part in (training.model, training.sparsity, training.data)], sort_keys=True
         )
-        if key not in self._costs:
-            with torch.device("meta"):
-                model = training.model.build(self.tokenizer)
-            nonzeros = planned_nonzeros(model, training.sparsity)
-            self._costs[key] = language_model_cost(model, training.data.sequence_length, nonzeros)
-        return self._costs[key]
+        if key not in self._outlines:
+            self._outlines[key] = self.kind.outline(training)
+        return self._outlines[key]
+
+
+def _flops_per_step(training: Any, outline: Outline) -> float:
+    """FLOPs of an optimizer step, padding included."""
+    per_item = outline.cost.training(training.sparsity.dense_gradient_interval)
+    return per_item * outline.items_per_example * training.global_batch_size
 
 
 def plan_table(runs: Iterable[Run]) -> str:
     """The runs with what they cost, as text."""
     row = "{:<58}{:>12}{:>12}{:>12}{:>8}{:>12}".format
-    lines = [row("run", "parameters", "active", "FLOPs/token", "steps", "FLOPs")]
+    lines = [row("run", "parameters", "active", "FLOPs/step", "steps", "FLOPs")]
     total = 0.0
     for run in runs:
-        cost = run.cost
-        flops = f"{run.training_flops_per_token:.3g}"
+        cost = run.outline.cost
         lines.append(
             row(
                 run.name,
                 f"{cost.parameters:,}",
                 f"{cost.active_parameters:,}",
-                flops,
+                f"{run.total_flops / run.training.max_steps:.3g}",
                 run.training.max_steps,
                 f"{run.total_flops:.3g}",
             )

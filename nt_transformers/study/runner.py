@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import StudyConfig
+from .kind import Kind
 from .plan import TUNING, Run, StudyPlan, plan_table
 
 
@@ -35,7 +36,7 @@ def run_study(config: StudyConfig) -> list[Row]:
     """Does what is missing of the study and returns its rows, as in `results.jsonl`.
 
     Raises:
-        ValueError: the configuration is unusable, or another process is at work in `output_dir`.
+        ValueError: the configuration or the test data are unusable, or another process is at work in `output_dir`.
     """
     plan = StudyPlan(config)
     tuning = plan.tuning_runs()
@@ -47,15 +48,16 @@ def run_study(config: StudyConfig) -> list[Row]:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _write(folder / "study.json", json.dumps(asdict(config), indent=2))
+        pool = _Pool(config, plan.kind)
         if tuning:
-            _execute(tuning, config, [])
-        rates = _choose_learning_rates(config, tuning)
+            pool.execute(tuning, [])
+        rates = _choose_learning_rates(config, plan.kind, tuning)
         runs = plan.main_runs(rates)
-        _execute(runs, config, tuning)
+        pool.execute(runs, tuning)
         return _write_results(folder, [*tuning, *runs])
 
 
-def _choose_learning_rates(config: StudyConfig, tuning: Sequence[Run]) -> dict[str, float]:
+def _choose_learning_rates(config: StudyConfig, kind: Kind, tuning: Sequence[Run]) -> dict[str, float]:
     """The learning rate of each method with the lowest validation loss; methods whose runs all broke have none."""
     if not tuning:
         return dict.fromkeys(config.methods, config.learning_rates[0])
@@ -64,7 +66,7 @@ def _choose_learning_rates(config: StudyConfig, tuning: Sequence[Run]) -> dict[s
         row = _row(run)
         if row is not None and row["status"] == "finished":
             assert run.spec.learning_rate is not None
-            losses.setdefault(run.spec.method, {})[run.spec.learning_rate] = row["eval_loss"]
+            losses.setdefault(run.spec.method, {})[run.spec.learning_rate] = row[kind.loss]
     rates = {method: min(tried, key=tried.__getitem__) for method, tried in losses.items()}
     for method, rate in rates.items():
         edge = rate in (min(config.learning_rates), max(config.learning_rates))
@@ -72,77 +74,81 @@ def _choose_learning_rates(config: StudyConfig, tuning: Sequence[Run]) -> dict[s
     return rates
 
 
-def _execute(runs: Sequence[Run], config: StudyConfig, before: Sequence[Run]) -> None:
-    """Does the runs that have no result, `config.processes` at a time."""
-    waiting = [run for run in runs if not (run.folder / "result.json").exists()]
-    for run in waiting:
-        (run.folder / "failure.json").unlink(missing_ok=True)
-    print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
-    running: list[tuple[Run, subprocess.Popen[bytes]]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < config.processes:
-                run = waiting.pop(0)
-                running.append((run, _start(run, config)))
-            time.sleep(0.2)
-            done = [started for started in running if started[1].poll() is not None]
-            running = [started for started in running if started not in done]
-            for started in done:
-                _finish(*started)
-            if done:
-                _write_results(Path(config.output_dir), [*before, *runs])
-    finally:
-        for _, process in running:
-            process.kill()
-            process.communicate()
+class _Pool:
+    """Does runs, `config.processes` at a time."""
 
+    def __init__(self, config: StudyConfig, kind: Kind) -> None:
+        self.config = config
+        self.kind = kind
+        self.test = kind.prepare(config)
 
-def _start(run: Run, config: StudyConfig) -> subprocess.Popen[bytes]:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    test = None if run.spec.budget == TUNING else config.test
-    description = {"row": _identity(run), "training": asdict(run.training), "test": test}
-    _write(run.folder / "run.json", json.dumps(description, indent=2))
-    threads = str(max((os.cpu_count() or 1) // config.processes, 1))
-    with (run.folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [*WORKER, str(run.folder)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
-        )
+    def execute(self, runs: Sequence[Run], before: Sequence[Run]) -> None:
+        """Does those of the runs that have no result; `before` are others that belong into the results."""
+        waiting = [run for run in runs if not (run.folder / "result.json").exists()]
+        for run in waiting:
+            (run.folder / "failure.json").unlink(missing_ok=True)
+        print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
+        running: list[tuple[Run, subprocess.Popen[bytes]]] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.config.processes:
+                    run = waiting.pop(0)
+                    running.append((run, self._start(run)))
+                time.sleep(0.2)
+                done = [started for started in running if started[1].poll() is not None]
+                running = [started for started in running if started not in done]
+                for started in done:
+                    self._finish(*started)
+                if done:
+                    _write_results(Path(self.config.output_dir), [*before, *runs])
+        finally:
+            for _, process in running:
+                process.kill()
+                process.communicate()
 
+    def _start(self, run: Run) -> subprocess.Popen[bytes]:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "kind": self.config.kind,
+            "row": _identity(run),
+            "training": asdict(run.training),
+            "test": None if run.spec.budget == TUNING else self.test,
+        }
+        _write(run.folder / "run.json", json.dumps(description, indent=2))
+        threads = str(max((os.cpu_count() or 1) // self.config.processes, 1))
+        with (run.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                [*WORKER, str(run.folder)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={"OMP_NUM_THREADS": threads, **os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            )
 
-def _finish(run: Run, process: subprocess.Popen[bytes]) -> None:
-    process.communicate()  # closes its standard input
-    if process.returncode == 0:
-        row = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
-        loss = row.get("test_perplexity", row["eval_perplexity"])
-        print(f"finished {run.name}: perplexity {loss:.2f} after {row['seconds']:.0f} s", flush=True)
-        return
-    error = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-ERROR_CHARACTERS:]
-    failure = {**_identity(run), "status": "failed", "exit_code": process.returncode, "error": error}
-    _write(run.folder / "failure.json", json.dumps(failure))
-    last = (error.strip().splitlines() or ["no output"])[-1]
-    print(f"FAILED {run.name}, exit code {process.returncode}: {last} (see {run.folder / 'log.txt'})", flush=True)
+    def _finish(self, run: Run, process: subprocess.Popen[bytes]) -> None:
+        process.communicate()  # closes its standard input
+        if process.returncode == 0:
+            row = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
+            print(f"finished {run.name}: {self.kind.headline(row)} after {row['seconds']:.0f} s", flush=True)
+            return
+        error = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-ERROR_CHARACTERS:]
+        failure = {**_identity(run), "status": "failed", "exit_code": process.returncode, "error": error}
+        _write(run.folder / "failure.json", json.dumps(failure))
+        last = (error.strip().splitlines() or ["no output"])[-1]
+        print(f"FAILED {run.name}, exit code {process.returncode}: {last} (see {run.folder / 'log.txt'})", flush=True)
 
 
 def _identity(run: Run) -> Row:
     """The columns by which rows are told apart, with the values in effect."""
-    training = run.training
-    layers = training.model.num_head_layers
     return {
         "run": run.name,
         "method": run.spec.method,
         "budget": run.spec.budget,
         "seed": run.spec.seed,
-        "density": training.sparsity.density,
-        "num_ensemble_heads": training.model.num_ensemble_heads,
-        "num_head_layers": training.model.num_hidden_layers if layers is None else layers,
-        "num_hidden_layers": training.model.num_hidden_layers,
-        "hidden_size": training.model.hidden_size,
-        "sparsity_method": training.sparsity.method,
-        "learning_rate": training.learning_rate,
+        "density": run.training.sparsity.density,
+        **run.outline.shape,
+        "sparsity_method": run.training.sparsity.method,
+        "learning_rate": run.training.learning_rate,
     }
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """One run of a study, in a process of its own: `python -m nt_transformers.study.worker FOLDER`.
 
-Reads `run.json` in FOLDER, trains (or continues), measures the test documents once and leaves `result.json`. Ends when
-its standard input closes: a run does not outlive the study that started it.
+Reads `run.json` in FOLDER, trains (or continues), measures on test data once and leaves `result.json`. Ends when its
+standard input closes: a run does not outlive the study that started it.
 """
 
 import json
@@ -14,25 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
-from ..analysis import mask_overlap, score_language_model, weight_masks
-from ..data import TokenSequences, load_documents, load_tokenizer
-from ..training import TextTrainingConfig, build_config, train_language_model
+from ..training import build_config
+from .kind import Kind, kind_of
 
 
-# What of an evaluation makes the curves of a report.
-CURVE = (
-    "step",
-    "tokens",
-    "eval_loss",
-    "eval_perplexity",
-    "eval_disagreement",
-    "eval_ambiguity",
-    "density",
-    "explored",
-    "mask_overlap",
-)
+SECONDS_BETWEEN_NOTES = 1.0
 
 
 def main() -> None:
@@ -43,18 +29,19 @@ def main() -> None:
 def run_in(folder: Path) -> dict[str, Any]:
     """Does the run that `run.json` describes and returns the row that it adds to the results."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    training = build_config(TextTrainingConfig, run["training"])
-    start = time.perf_counter()
-    summary = train_language_model(training)
+    kind = kind_of(run["kind"])
+    training = build_config(kind.config_class, run["training"])
+    stopwatch = Stopwatch(folder / "seconds")
+    summary = kind.train(training, final=run["test"] is not None)
     row = {
         **run["row"],
         "status": "finished",
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(stopwatch.seconds, 1),
         **{name: value for name, value in summary.items() if name not in ("config", "density")},
-        "curve": _curve(folder),
+        "curve": _curve(folder, kind),
     }
     if run["test"] is not None:
-        row |= _test_figures(folder, run["test"], training)
+        row |= kind.test(folder, training, run["test"])
     partial = folder / "result.partial"
     partial.write_text(json.dumps(row), encoding="utf-8")
     partial.replace(folder / "result.json")
@@ -62,24 +49,33 @@ def run_in(folder: Path) -> dict[str, Any]:
     return row
 
 
-def _test_figures(folder: Path, test: str, training: TextTrainingConfig) -> dict[str, Any]:
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    sequences = TokenSequences(
-        load_documents(test, "test"),
-        load_tokenizer(str(folder)),
-        sequence_length=training.data.sequence_length,
-        batch_size=training.per_device_batch_size,
-        packing=training.data.packing,
-        training=False,
-    )
-    figures = score_language_model(model, sequences).language_figures(model.config.vote)
-    figures = {name.replace("eval_", "test_", 1): value for name, value in figures.items()}
-    return {**figures, "mask_overlap_pairs": mask_overlap(weight_masks(model)).tolist()}
+class Stopwatch:
+    """Seconds since its start, and those that earlier processes of the run noted in the same file.
+
+    A background thread notes them, so that no more than `SECONDS_BETWEEN_NOTES` are lost by a kill.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.before = float(file.read_text()) if file.exists() else 0.0
+        self.start = time.perf_counter()
+        threading.Thread(target=self._keep_notes, daemon=True).start()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
+
+    def _keep_notes(self) -> None:
+        partial = self.file.with_suffix(".partial")
+        while True:
+            partial.write_text(str(self.seconds))
+            partial.replace(self.file)
+            time.sleep(SECONDS_BETWEEN_NOTES)
 
 
-def _curve(folder: Path) -> list[dict[str, Any]]:
+def _curve(folder: Path, kind: Kind) -> list[dict[str, Any]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{name: line[name] for name in CURVE if name in line} for line in lines if "eval_loss" in line]
+    return [{name: line[name] for name in kind.curve if name in line} for line in lines if kind.loss in line]
 
 
 def _end_with_the_study() -> None:

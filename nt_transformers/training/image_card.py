@@ -76,7 +76,9 @@ def image_classifier_card(name: str, license: str, model: PreTrainedModel, summa
         predictions[f"head {head}"] = [summary[f"{prefix}_{figure}_heads"][head] for figure in FIGURES]
     if prefix == "test":
         source = f"{run['data.test'] or run['data.train']}, {run['data.test_split']}"
-        measured_on = f"the {summary['test_images']:,} images of `{source}`, which had no part in training or any choice"
+        measured_on = (
+            f"the {summary['test_images']:,} images of `{source}`, which had no part in training or any choice"
+        )
     else:
         source = f"held-out images of {run['data.train']}, {run['data.train_split']}"
         measured_on = f"{summary['eval_images']:,} {source}"
