@@ -5,28 +5,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
 
+from .kinds import Kind, Row
 from .plots import PAGE, draw_plots
-from .results import Results, Row, figure, main_points, points, spread, vote_gain
-
-
-Column = tuple[str, Callable[[Row], float | None], str]
-
-# Heading, value of a run, format; means over seeds are shown with their standard deviation.
-COLUMNS: tuple[Column, ...] = (
-    ("perplexity", lambda row: figure(row, "perplexity"), ".2f"),
-    ("of the heads", lambda row: spread(figure(row, "perplexity_heads"))[0], ".2f"),
-    ("vote gain, %", lambda row: 100 * vote_gain(row), ".1f"),
-    ("disagreement", lambda row: figure(row, "disagreement"), ".3f"),
-    ("calibration error", lambda row: figure(row, "ece"), ".4f"),
-    ("Brier score", lambda row: figure(row, "brier"), ".4f"),
-    ("parameters, M", lambda row: row["parameters"] / 1e6, ".3f"),
-    ("active, M", lambda row: row["active_parameters"] / 1e6, ".3f"),
-    ("forward MFLOPs/token", lambda row: row["forward_flops_per_token"] / 1e6, ".3f"),
-    ("training TFLOPs", lambda row: row["training_flops"] and row["training_flops"] / 1e12, ".2f"),
-    ("training tokens, M", lambda row: row["tokens"] / 1e6, ".2f"),
-)
-# What tells the points of a grid apart.
-FIXED = ("density", "heads", "head layers", "budget", "seeds")
+from .results import Results, main_points, points, spread
 
 
 def render_page(results: Results) -> str:
@@ -35,10 +16,10 @@ def render_page(results: Results) -> str:
     if results.rows:
         main = list(main_points(results.rows).values())
         rest = [group for group in points(results.rows) if group not in main]
-        sections.append(_table("Equal training tokens", main))
+        sections.append(_table(f"Equal training {results.kind.words['equal']}", main, results.kind))
         sections.append('<div class="plots">' + "".join(_plots(results)) + "</div>")
         if rest:
-            sections.append(_table("All other points of the grids", rest))
+            sections.append(_table("All other points of the grids", rest, results.kind))
     if results.failed:
         sections.append(_failures(results.failed))
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
@@ -52,7 +33,7 @@ def render_page(results: Results) -> str:
 
 
 def _introduction(results: Results) -> str:
-    measured = "test" if any("test_loss" in row for row in results.rows) else "validation"
+    measured = "test" if any(f"test_{results.kind.quality}" in row for row in results.rows) else "validation"
     runs = f"{len(results.rows)} finished runs" if len(results.rows) != 1 else "1 finished run"
     failed = f", {len(results.failed)} failed" if results.failed else ""
     return (
@@ -61,22 +42,24 @@ def _introduction(results: Results) -> str:
     )
 
 
-def _table(title: str, groups: Sequence[list[Row]]) -> str:
-    headings = ["method", *(heading for heading, _, _ in COLUMNS), *FIXED]
+def _table(title: str, groups: Sequence[list[Row]], kind: Kind) -> str:
+    # The last ones tell the points of a grid apart.
+    fixed = ("density", "heads", f"head {kind.words['layers']}", "budget", "seeds")
+    headings = ["method", *(heading for heading, _, _ in kind.columns), *fixed]
     header = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(f"<tr>{''.join(_cells(group))}</tr>" for group in groups)
+    body = "".join(f"<tr>{''.join(_cells(group, kind))}</tr>" for group in groups)
     return (
         f'<section><h2>{escape(title)}</h2><div class="scroll" tabindex="0"><table><thead><tr>{header}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></section>"
     )
 
 
-def _cells(group: list[Row]) -> list[str]:
+def _cells(group: list[Row], kind: Kind) -> list[str]:
     row = group[0]
     fixed = [f"{row['density']:g}", row["num_ensemble_heads"], row["num_head_layers"], row["budget"], len(group)]
     return [
         f"<th>{escape(row['method'])}</th>",
-        *(f"<td>{_number(group, value, form)}</td>" for _, value, form in COLUMNS),
+        *(f"<td>{_number(group, value, form)}</td>" for _, value, form in kind.columns),
         *(f"<td>{escape(str(value))}</td>" for value in fixed),
     ]
 

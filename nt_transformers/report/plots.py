@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from .results import Results, Row, figure, grouped, main_points, points, spread, vote_gain
+from .kinds import Row, figure
+from .results import Results, grouped, main_points, points, spread
 
 
 MARKERS = "osD^vp<>"
@@ -75,6 +76,8 @@ class Artist:
 
     def __init__(self, results: Results, theme: Theme) -> None:
         self.rows = results.rows
+        self.kind = results.kind
+        self.words = self.kind.words
         self.theme = theme
         self.methods = list(dict.fromkeys(row["method"] for row in results.rows))
         self.main = main_points(results.rows)
@@ -87,7 +90,7 @@ class Artist:
                 drawn = draw(self, axes)
                 plt.close(canvas)
             if drawn:
-                yield Plot(name, title, caption, canvas)
+                yield Plot(*(text.format_map(self.words) for text in (name, title, caption)), canvas)
 
     def colour(self, method: str) -> str:
         return self.theme.series[self.methods.index(method) % len(self.theme.series)]
@@ -122,38 +125,62 @@ class Artist:
 
 def draw_plots(results: Results, theme: Theme) -> list[Plot]:
     """All plots of the results for which there is something to show."""
-    return list(Artist(results, theme).plots())
+    return list(Artist(results, theme).plots()) if results.rows else []
 
 
-def _curves(artist: Artist, axes: Axes, name: str, label: str, keep: Callable[[Row], bool]) -> bool:
+def _curves(
+    artist: Artist, axes: Axes, name: str, label: str, keep: Callable[[Row], bool], value: Callable[[Row], float]
+) -> bool:
     drawn = False
+    items = artist.words["items"]
     for method, rows in artist.main.items():
         curves = [row["curve"] for row in rows if keep(row) and len(row["curve"]) > 1 and name in row["curve"][0]]
         if not curves:
             continue
         steps = min(map(len, curves))
-        tokens = [spread([curve[i]["tokens"] for curve in curves])[0] / 1e6 for i in range(steps)]
-        values = [spread([curve[i][name] for curve in curves])[0] for i in range(steps)]
-        axes.plot(tokens, values, color=artist.colour(method), label=method)
+        seen = [spread([curve[i][items] for curve in curves])[0] / 1e6 for i in range(steps)]
+        values = [spread([value(curve[i]) for curve in curves])[0] for i in range(steps)]
+        axes.plot(seen, values, color=artist.colour(method), label=method)
         drawn = True
-    axes.set_xlabel("training tokens (millions)")
+    axes.set_xlabel(f"training {items} (millions)")
     axes.set_ylabel(label)
     _legend(axes)
     return drawn
 
 
-def perplexity_curves(artist: Artist, axes: Axes) -> bool:
-    axes.set_yscale("log")
-    _plain_ticks(axes)
-    return _curves(artist, axes, "eval_perplexity", "validation perplexity of the vote", lambda row: True)
+def quality_curves(artist: Artist, axes: Axes) -> bool:
+    kind = artist.kind
+    if not kind.higher_is_better:
+        axes.set_yscale("log")
+        _plain_ticks(axes)
+    label = f"validation {artist.words['vote']}"
+    return _curves(artist, axes, f"eval_{kind.quality}", label, lambda row: True, kind.curve_value)
 
 
 def disagreement_curves(artist: Artist, axes: Axes) -> bool:
-    return _curves(artist, axes, "eval_disagreement", "disagreement of two heads", _has_heads)
+    name = "eval_disagreement"
+    return _curves(artist, axes, name, "disagreement of two heads", _has_heads, lambda point: point[name])
 
 
 def overlap_curves(artist: Artist, axes: Axes) -> bool:
-    return _curves(artist, axes, "mask_overlap", "overlap of two heads' masks", lambda row: row["density"] < 1)
+    name, label = "mask_overlap", "overlap of two heads' masks"
+    return _curves(artist, axes, name, label, lambda row: row["density"] < 1, lambda point: point[name])
+
+
+def severity(artist: Artist, axes: Axes) -> bool:
+    drawn = False
+    for method, rows in artist.main.items():
+        tested = [row["test_severities"] for row in rows if "test_severities" in row]
+        if tested:
+            levels = [point["severity"] for point in tested[0]]
+            accuracies = [[100 * points[i]["accuracy"] for points in tested] for i in range(len(levels))]
+            _error_bars(artist, axes, method, levels, accuracies)
+            drawn = True
+    axes.set_xlabel("severity of corruption (0: none)")
+    axes.set_ylabel(artist.words["vote"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes)
+    return drawn
 
 
 def head_length(artist: Artist, axes: Axes) -> bool:
@@ -163,10 +190,11 @@ def head_length(artist: Artist, axes: Axes) -> bool:
         rows = [row for row in artist.rows if row["method"] == method and all(row[n] == main[0][n] for n in fixed)]
         lengths = grouped(rows, lambda row: row["num_head_layers"])
         if len(lengths) > 1:
-            _series(artist, axes, method, [lengths[length] for length in sorted(lengths)], "num_head_layers")
+            qualities = [[artist.kind.value(row) for row in lengths[length]] for length in sorted(lengths)]
+            _error_bars(artist, axes, method, sorted(lengths), qualities)
             drawn = True
-    axes.set_xlabel("layers in each head")
-    axes.set_ylabel("perplexity of the vote")
+    axes.set_xlabel(f"{artist.words['layers']} in each head")
+    axes.set_ylabel(artist.words["vote"])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
     return drawn
@@ -175,18 +203,17 @@ def head_length(artist: Artist, axes: Axes) -> bool:
 def goldilocks(artist: Artist, axes: Axes) -> bool:
     rows = [row for row in artist.rows if _has_heads(row)]
     for method, own in grouped(rows, lambda row: row["method"]).items():
-        _scatter(
-            artist, axes, method, [figure(row, "disagreement") for row in own], [100 * vote_gain(row) for row in own]
-        )
+        _scatter(artist, axes, method, [figure(row, "disagreement") for row in own], list(map(artist.kind.gain, own)))
     axes.set_xlabel("disagreement of two heads")
-    axes.set_ylabel("vote's perplexity below the heads' (%)")
+    axes.set_ylabel(artist.words["gain"])
     _legend(axes)
     return bool(rows)
 
 
 def inference_cost(artist: Artist, axes: Axes) -> bool:
-    axes.set_xlabel("forward FLOPs per token (millions)")
-    return _pareto(artist, axes, "forward_flops_per_token", 1e6)
+    item = artist.words["item"]
+    axes.set_xlabel(f"forward FLOPs per {item} (millions)")
+    return _pareto(artist, axes, f"forward_flops_per_{item}", 1e6)
 
 
 def training_cost(artist: Artist, axes: Axes) -> bool:
@@ -196,13 +223,18 @@ def training_cost(artist: Artist, axes: Axes) -> bool:
 
 def _pareto(artist: Artist, axes: Axes, cost: str, unit: float) -> bool:
     rows = [row for row in artist.rows if row.get(cost) is not None]
-    found = [(_mean(own, lambda row: row[cost]) / unit, _mean(own, _perplexity), own[0]) for own in points(rows)]
+    found = [(_mean(own, lambda row: row[cost]) / unit, _mean(own, artist.kind.value), own[0]) for own in points(rows)]
     for method, own in grouped((row for *_, row in found), lambda row: row["method"]).items():
         mine = [(x, y) for x, y, row in found if any(row is other for other in own)]
         _scatter(artist, axes, method, *zip(*mine, strict=True))
-    front = [(x, y) for x, y, _ in found if not any(u <= x and v <= y and (u, v) != (x, y) for u, v, _ in found)]
+    sign = -1 if artist.kind.higher_is_better else 1
+    front = [
+        (x, y)
+        for x, y, _ in found
+        if not any(u <= x and sign * v <= sign * y and (u, v) != (x, y) for u, v, _ in found)
+    ]
     axes.plot(*zip(*sorted(front), strict=True), color=artist.theme.text, linewidth=1, linestyle=":", zorder=0)
-    axes.set_ylabel("perplexity of the vote")
+    axes.set_ylabel(artist.words["vote"])
     _legend(axes)
     return len(found) > 1
 
@@ -255,7 +287,7 @@ def _cells(densities: dict[str, float]) -> dict[tuple[str, str], list[float]]:
     for name, density in densities.items():
         parts = name.removesuffix(".weight").split(".")
         numbers = [part for part in parts if part.isdigit()]
-        in_head = any(part.endswith("heads") for part in parts)
+        in_head = any(part.endswith("heads") or part == "classifiers" for part in parts)
         is_layer = any(part in ("layers", "blocks") for part in parts)
         place = f"{'head' if in_head else 'base'} {numbers[-1]}" if is_layer else ("head" if in_head else "base")
         kind = next(part for part in reversed(parts) if not part.isdigit())
@@ -263,11 +295,11 @@ def _cells(densities: dict[str, float]) -> dict[tuple[str, str], list[float]]:
     return cells
 
 
-def _series(artist: Artist, axes: Axes, method: str, groups: Sequence[list[Row]], x: str) -> None:
-    """Mean over seeds with its standard deviation, along a column of the rows."""
-    values = [spread([_perplexity(row) for row in rows]) for rows in groups]
+def _error_bars(artist: Artist, axes: Axes, method: str, x: Sequence[float], seeds: Sequence[list[float]]) -> None:
+    """Mean over seeds with its standard deviation at each x."""
+    values = [spread(own) for own in seeds]
     axes.errorbar(
-        [rows[0][x] for rows in groups],
+        x,
         [mean for mean, _ in values],
         yerr=[deviation or 0.0 for _, deviation in values],
         color=artist.colour(method),
@@ -294,10 +326,6 @@ def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
     return spread([value(row) for row in rows])[0]
 
 
-def _perplexity(row: Row) -> float:
-    return float(figure(row, "perplexity"))
-
-
 def _has_heads(row: Row) -> bool:
     return bool(row["num_ensemble_heads"] > 1)
 
@@ -317,21 +345,27 @@ def _legend(axes: Axes) -> None:
         canvas.legend(handles, labels, loc="outside lower center", ncols=3)
 
 
+# Name, title, caption, which leave words to the kind of results, and what draws.
 PLOTS: dict[str, tuple[str, str, Callable[[Artist, Axes], bool]]] = {
-    "perplexity": (
-        "Perplexity over training",
-        "On validation documents; mean over seeds, at equal training tokens.",
-        perplexity_curves,
+    "{quality}": (
+        "{Quality} over training",
+        "On validation {data}; mean over seeds, at equal training {equal}.",
+        quality_curves,
     ),
     "disagreement": (
         "Disagreement over training",
-        "Share of tokens on which two heads hold different tokens for the most likely one.",
+        "Share of {items} on which two heads hold different {answers} for the most likely one.",
         disagreement_curves,
     ),
     "goldilocks": (
         "Vote gain over disagreement",
         "A point for each run with several heads: how much the vote gains on its heads, against how much they differ.",
         goldilocks,
+    ),
+    "severity": (
+        "Accuracy over severity of corruption",
+        "Mean over corruptions, all on the same test images; bars are standard deviations over seeds.",
+        severity,
     ),
     "inference_cost": (
         "Quality against cost of inference",
@@ -344,13 +378,13 @@ PLOTS: dict[str, tuple[str, str, Callable[[Artist, Axes], bool]]] = {
         training_cost,
     ),
     "head_length": (
-        "Perplexity over head length",
+        "{Quality} over head length",
         "For each method at its main density and number of heads; bars are standard deviations over seeds.",
         head_length,
     ),
     "calibration": (
         "Calibration of the vote",
-        "Accuracy of tokens predicted with a confidence, first seed; on the dotted line confidence is honest.",
+        "Accuracy of {items} predicted with a confidence, first seed; on the dotted line confidence is honest.",
         calibration,
     ),
     "layer_density": (

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .kinds import Kind, Row, figure, kind_of
 
-Row = dict[str, Any]
 
 # What runs that differ in nothing but the seed have in common.
 POINT = ("method", "density", "num_head_layers", "num_ensemble_heads", "budget")
@@ -30,6 +30,11 @@ class Results:
     setting: str
     rows: list[Row]
     failed: list[Row]
+
+    @property
+    def kind(self) -> Kind:
+        """What the networks work on; asked for only where a run has finished."""
+        return kind_of(self.rows[0])
 
 
 def load_results(path: str | Path) -> Results:
@@ -56,29 +61,22 @@ def load_results(path: str | Path) -> Results:
 
 def _row_of_run(folder: Path) -> Row:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if "eval_perplexity" not in summary:
-        raise ValueError(f"{folder}: summary.json holds no eval_perplexity; the report shows language models.")
+    kind = kind_of(summary)
+    heads = figure(summary, f"{kind.quality}_heads")
+    if heads is None:
+        raise ValueError(
+            f"{folder}: summary.json holds neither perplexities nor accuracies; it is no run of a recipe."
+        )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     config = summary["config"]
-    layers = config.get("model.num_head_layers")
+    layers = config.get("model.num_head_layers", config.get("model.num_head_blocks"))
     model = {
         "method": config["sparsity.method"],
-        "num_ensemble_heads": len(summary["eval_perplexity_heads"]),
-        "num_head_layers": config.get("model.num_hidden_layers") if layers is None else layers,
+        "num_ensemble_heads": len(heads),
+        "num_head_layers": config.get("model.num_hidden_layers", "all") if layers is None else layers,
     }
-    curve = [line for line in lines if "eval_loss" in line]
-    return {**summary, **model, "budget": "tokens", "seed": config["seed"], "curve": curve}
-
-
-def figure(row: Row, name: str) -> Any:
-    """A figure on test data, or on validation data where test data were left alone; None if there is none."""
-    return row.get(f"test_{name}", row.get(f"eval_{name}"))
-
-
-def vote_gain(row: Row) -> float:
-    """By how much the vote's perplexity is below the mean of the heads', as a share of it."""
-    heads = figure(row, "perplexity_heads")
-    return 1 - figure(row, "perplexity") / (sum(heads) / len(heads))
+    curve = [line for line in lines if kind.loss in line]
+    return {**summary, **model, "budget": kind.words["equal"], "seed": config["seed"], "curve": curve}
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Any, list[Row]]:
@@ -95,8 +93,8 @@ def points(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def main_points(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """For each method its point of most seeds (the first of those that tie) at equal tokens."""
-    by_method = grouped((row for row in rows if row["budget"] == "tokens"), lambda row: row["method"])
+    """For each method its point of most seeds (the first of those that tie) on equal data."""
+    by_method = grouped((row for row in rows if row["budget"] != "flops"), lambda row: row["method"])
     return {method: max(points(own), key=len) for method, own in by_method.items()}
 
 

@@ -55,3 +55,48 @@ def study_config(tmp_path: Path, corpus_dir: Path, tokenizer_dir: Path) -> Calla
         return build_config(StudyConfig, {**defaults, **fields})
 
     return make
+
+
+@pytest.fixture
+def vision_study_config(tmp_path: Path, image_folder: Path) -> Callable[..., StudyConfig]:
+    """Makes the configuration of a small study of classifiers; arguments override fields."""
+
+    def make(**fields: Any) -> StudyConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "study"),
+            "kind": "vision",
+            "test": {"corruptions": ["fog", "contrast"], "severities": [1, 5], "images": 5},
+            "flops_reference": "ensemble",
+            "learning_rates": [0.1],
+            "training": {
+                "max_steps": 6,
+                "global_batch_size": 6,
+                "per_device_batch_size": 6,
+                "optimizer": "sgd",
+                "eval_steps": 3,
+                "checkpoint_steps": 2,
+                "model": {
+                    "model_type": "neurotrails_wide_resnet",
+                    "num_ensemble_heads": 2,
+                    "num_head_blocks": 1,
+                    "shape": {"depth": 10, "widen_factor": 1},
+                },
+                "sparsity": {"density": 0.5, "update_interval": 2, "stop_fraction": 1.0},
+                "data": {
+                    "train": str(image_folder),
+                    "test_split": "val",
+                    "validation_size": 6,
+                    "image_size": 32,
+                    "num_workers": 0,
+                },
+            },
+            "methods": {
+                "single": {"model": {"num_ensemble_heads": 1}, "sparsity": {"method": "dense"}},
+                "ensemble": {"model": {"num_head_blocks": None}, "sparsity": {"method": "dense"}},
+                "set": {"sparsity": {"method": "set"}},
+            },
+            "grids": [{"method": ["single", "ensemble", "set"]}],
+        }
+        return build_config(StudyConfig, {**defaults, **fields})
+
+    return make
