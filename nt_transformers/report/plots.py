@@ -90,7 +90,8 @@ class Artist:
                 drawn = draw(self, axes)
                 plt.close(canvas)
             if drawn:
-                yield Plot(*(text.format_map(self.words) for text in (name, title, caption)), canvas)
+                name, title, caption = (text.format_map(self.words) for text in (name, title, caption))
+                yield Plot(name, title, caption, canvas)
 
     def colour(self, method: str) -> str:
         return self.theme.series[self.methods.index(method) % len(self.theme.series)]

@@ -1,10 +1,11 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """What tells a study on text from one on images."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from ..analysis import ModelCost
 from ..training import TrainingConfig
@@ -26,7 +27,7 @@ class Outline:
     shape: dict[str, Any]
 
 
-class Kind(Protocol):
+class Kind(ABC):
     """The runs of a study: of which network, on which data, measured how."""
 
     # Class of the runs' configurations.
@@ -36,12 +37,15 @@ class Kind(Protocol):
     # The figure on validation data by which learning rates are chosen: the loss of the vote, nats.
     loss: ClassVar[str]
 
+    @abstractmethod
     def split(self, heads: int | None, head_layers: int | None) -> dict[str, Any]:
         """Fields of `model` for so many heads of so many layers; those that are None are left out."""
 
+    @abstractmethod
     def outline(self, training: Any) -> Outline:
         """Cost and shape of the network that `training` would train; nothing is computed."""
 
+    @abstractmethod
     def prepare(self, config: StudyConfig) -> Any:
         """Makes ready what all runs share; returns what `test` has to know of the test data, as JSON can hold it.
 
@@ -49,12 +53,15 @@ class Kind(Protocol):
             ValueError: the data do not serve the study.
         """
 
+    @abstractmethod
     def train(self, training: Any, *, final: bool) -> dict[str, Any]:
         """Trains and returns the summary; touches test data only if the run is `final`, none that tunes."""
 
+    @abstractmethod
     def test(self, folder: Path, training: Any, test: Any) -> dict[str, Any]:
         """Figures on test data of the network in `folder`, by names that begin with `test_`."""
 
+    @abstractmethod
     def headline(self, row: Mapping[str, Any]) -> str:
         """How good a finished run is, in a few words."""
 

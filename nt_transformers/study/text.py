@@ -14,11 +14,11 @@ from ..models.neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..sparsity import planned_nonzeros
 from ..training import TextTrainingConfig, train_language_model
 from .config import StudyConfig
-from .kind import Outline
+from .kind import Kind, Outline
 
 
-class TextKind:
-    """Runs of `train_language_model`, measured on test documents; see `Kind`."""
+class TextKind(Kind):
+    """Runs of `train_language_model`, measured on test documents."""
 
     config_class = TextTrainingConfig
     curve = (

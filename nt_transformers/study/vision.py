@@ -25,15 +25,15 @@ from ..training import build_config
 from ..training.vision import VisionTrainingConfig, train_image_classifier
 from ..validation import check
 from .config import ImageTest, StudyConfig
-from .kind import Outline
+from .kind import Kind, Outline
 
 
 # What of the figures at each severity the results hold.
 SEVERITY_FIGURES = ("accuracy", "nll", "ece", "brier", "disagreement")
 
 
-class VisionKind:
-    """Runs of `train_image_classifier`, measured on the test images of their data; see `Kind`."""
+class VisionKind(Kind):
+    """Runs of `train_image_classifier`, measured on the test images of their data."""
 
     config_class = VisionTrainingConfig
     curve = (
