@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoModelForImageClassification
 
 from nt_transformers.analysis.robustness import RobustnessTest
 from nt_transformers.data.images import load_images
 from nt_transformers.report import load_results, render_page
 from nt_transformers.study import StudyConfig, StudyPlan, run_study
+from nt_transformers.training import build_config
 
 
 MakeStudy = Callable[..., StudyConfig]
@@ -46,6 +48,19 @@ def test_length_and_number_of_the_heads(vision_study_config: MakeStudy) -> None:
     plan = StudyPlan(vision_study_config(grids=[grid]))
     models = [run.training.model for run in plan.main_runs({"set": 0.1})]
     assert [(model.num_ensemble_heads, model.num_head_blocks) for model in models] == [(3, 0), (3, 2)]
+
+
+def test_the_study_of_the_recipes_keeps_to_its_goals_of_size(image_folder: Path, tmp_path: Path) -> None:
+    fields = yaml.safe_load((ROOT / "recipes" / "configs" / "study_vision.yaml").read_text(encoding="utf-8"))
+    data = {**fields["training"]["data"], "train": str(image_folder), "train_split": "train", "test_split": "val"}
+    fields |= {"training": {**fields["training"], "data": data}, "output_dir": str(tmp_path)}
+    config = build_config(StudyConfig, fields)
+    runs = StudyPlan(config).main_runs(dict.fromkeys(config.methods, 0.1))
+    costs = {run.spec.method: run.outline.cost for run in runs if run.spec.density is None}
+    ensemble, sparse = costs["full_ensemble"], costs["neurotrails"]
+    assert sparse.active_parameters <= 0.3 * ensemble.active_parameters
+    assert sparse.forward < 0.5 * ensemble.forward
+    assert not {run.spec.seed for run in runs} & {0}, "learning rates are chosen with seed 0"
 
 
 @pytest.mark.parametrize(

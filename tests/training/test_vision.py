@@ -38,7 +38,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = RECIPES / "configs"
 VARIANTS = sorted(path.stem for path in (CONFIGS / "vision_variants").glob("*.yaml"))
 SIZES = sorted(
-    path.stem for path in CONFIGS.glob("*.yaml") if "neurotrails_vision" in path.read_text(encoding="utf-8")
+    path.stem for path in CONFIGS.glob("*.yaml") if "method: neurotrails_vision\n" in path.read_text(encoding="utf-8")
 )
 NETWORKS = {
     "wide_resnet": {"depth": 10, "widen_factor": 1},
