@@ -1,11 +1,14 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""Compares methods on text: a grid of training runs, their learning rates tuned, their test documents touched once.
+"""Compares methods on text or images: a grid of training runs, their learning rates tuned, test data touched once.
 
 python -m nt_transformers.data.prepare --output data/study --vocab-size 2048
 python recipes/study.py --config recipes/configs/study_text.yaml    # --dry_run true shows the runs and their cost
 python -m nt_transformers.report runs/study_text --output report.html
 
-The same command continues a study that was stopped. Any field can be given again as --field value.
+python recipes/study.py --config recipes/configs/study_vision.yaml
+
+The same command continues a study that was stopped. Any field can be given again as --field value; what is inside
+`training` and `methods` is changed in the file.
 """
 
 from nt_transformers.study import StudyConfig, run_study

@@ -7,7 +7,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -62,7 +62,13 @@ def parse_arguments(config_class: type[Config], description: str, arguments: Seq
             "--plan", action="store_true", help="print parameters, FLOPs, memory of a process and time; do not train"
         )
         parser.add_class_arguments(Hardware, "hardware")
-    parser.sections = sections = [name for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)]
+    hints = get_type_hints(config_class)
+    parser.sections = sections = [name for name, hint in hints.items() if is_dataclass(hint)]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for path in (argument.partition("=")[0].removeprefix("--").split(".") for argument in arguments):
+        if len(path) > 2 and get_origin(hints.get(path[0])) is dict:
+            # jsonargparse would drop the other values of what holds this one.
+            parser.error(f"{'.'.join(path)}: {'.'.join(path[:2])} cannot be changed in part; change it in a file")
     try:
         fields = parser.parse_args(arguments)
     except Exception as error:

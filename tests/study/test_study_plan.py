@@ -2,10 +2,12 @@
 """Which runs a study consists of, and that its budgets are equal."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from nt_transformers.study import RunSpec, StudyConfig, StudyPlan
+from nt_transformers.training import parse_arguments
 
 
 MakeStudy = Callable[..., StudyConfig]
@@ -84,3 +86,13 @@ def test_a_method_that_makes_no_run_is_named(study_config: MakeStudy) -> None:
     config.methods["single"]["sparsity"] = {"method": "sparse"}
     with pytest.raises(ValueError, match=r"(?s)methods.single: .*sparse"):
         StudyPlan(config).run(RunSpec("single"))
+
+
+def test_no_value_is_lost_when_another_is_given_again(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[2] / "recipes" / "configs" / "study_text.yaml"
+    arguments = ["--config", str(file), "--training.max_steps=7"]
+    config = parse_arguments(StudyConfig, "test", arguments)
+    assert (config.training["max_steps"], config.training["eval_steps"]) == (7, 500)
+    with pytest.raises(SystemExit):
+        parse_arguments(StudyConfig, "test", [*arguments, "--training.data.train", "elsewhere"])
+    assert "training.data.train: training.data cannot be changed in part" in capsys.readouterr().err
