@@ -80,6 +80,7 @@ class StudyConfig:
         dry_run: Only show the runs with their costs.
     """
 
+    kind: KindName = "text"
     output_dir: str
     training: dict[str, Any]
     methods: dict[str, dict[str, Any]]
@@ -87,7 +88,6 @@ class StudyConfig:
     grids: list[Grid]
     test: str | ImageTest
     flops_reference: str
-    kind: KindName = "text"
     setting: str = ""
     tuning_steps: int | None = None
     processes: int = 2

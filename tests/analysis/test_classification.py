@@ -54,6 +54,10 @@ def test_figures_equal_the_reference(heads: int, vote: str) -> None:
     pairs = list(itertools.combinations(probs.argmax(-1), 2))
     assert found["disagreement"] == pytest.approx(np.mean([(a != b).mean() for a, b in pairs]) if pairs else 0)
     assert found["images"] == 200
+    assert found["ambiguity"] == pytest.approx(np.mean(found["nll_heads"]) - found["nll"], abs=1e-9)
+    assert sum(bin["share"] for bin in found["reliability"]) == pytest.approx(1)
+    accuracy = sum(bin["share"] * bin["accuracy"] for bin in found["reliability"])
+    assert accuracy == pytest.approx(found["accuracy"])
 
 
 def test_certain_and_right_is_perfect_certain_and_wrong_is_worst() -> None:

@@ -21,9 +21,10 @@ from runs import assert_resumed_exactly, copy_stopped, read_metrics
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from nt_transformers.analysis import image_model_cost
 from nt_transformers.data.image_batches import EvaluationBatches
 from nt_transformers.data.images import ImageDataConfig, load_images
-from nt_transformers.sparsity import SparsityConfig
+from nt_transformers.sparsity import SparsityConfig, planned_nonzeros
 from nt_transformers.training import parse_arguments
 from nt_transformers.training.plan import Hardware
 from nt_transformers.training.vision import (
@@ -194,6 +195,28 @@ def test_all_images_train_when_none_are_held_out(run_config: RunConfig) -> None:
     summary = train_image_classifier(config)
     assert "eval_nll" not in summary
     assert summary["test_images"] == 12
+
+
+def test_test_images_may_be_left_alone(run_config: RunConfig, tmp_path: Path) -> None:
+    config = run_config(max_steps=2, checkpoint_steps=None)
+    summary = train_image_classifier(config, test=False)
+    assert not [name for name in summary if name.startswith("test_")]
+    card = (Path(config.output_dir) / "README.md").read_text()
+    assert "On 6 held-out images of" in card
+    assert f"| {summary['eval_accuracy_probs_vote']:.2%} | {summary['eval_nll_probs_vote']:.4f} |" in card
+    none_held_out = run_config(data={"validation_size": 0}, output_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="data.validation_size=0: hold images out"):
+        train_image_classifier(none_held_out, test=False)
+
+
+def test_the_summary_holds_what_training_cost(run_config: RunConfig) -> None:
+    config = run_config(max_steps=3, checkpoint_steps=None)
+    summary = train_image_classifier(config)
+    model = AutoModelForImageClassification.from_pretrained(config.output_dir)
+    cost = image_model_cost(model, 16, nonzeros=planned_nonzeros(model, config.sparsity))
+    assert summary["forward_flops_per_image"] == cost.forward
+    # Every second step the gradients of weights that do not exist are computed as well.
+    assert summary["training_flops"] == 36 * cost.training(2)
 
 
 @pytest.mark.parametrize(
