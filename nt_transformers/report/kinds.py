@@ -19,8 +19,7 @@ class Kind:
     Args:
         quality: The figure by which predictions are judged.
         loss: The figure that every evaluation on validation data has.
-        value: Of a run: the quality of its vote, as it is shown.
-        curve_value: The same of a point of its curve.
+        value: Of a run, or of a point of its curve: the quality of the vote, as it is shown.
         gain: Of a run: how much the vote gains on its heads.
         higher_is_better: Whether the better network has the higher quality.
         columns: Of the tables.
@@ -30,7 +29,6 @@ class Kind:
     quality: str
     loss: str
     value: Callable[[Row], float]
-    curve_value: Callable[[Row], float]
     gain: Callable[[Row], float]
     higher_is_better: bool
     columns: Sequence[Column]
@@ -74,7 +72,6 @@ TEXT = Kind(
     quality="perplexity",
     loss="eval_loss",
     value=lambda row: float(figure(row, "perplexity")),
-    curve_value=lambda point: float(point["eval_perplexity"]),
     gain=vote_perplexity_gain,
     higher_is_better=False,
     columns=(
@@ -87,8 +84,6 @@ TEXT = Kind(
         *_cost_columns("token"),
     ),
     words={
-        "quality": "perplexity",
-        "Quality": "Perplexity",
         "vote": "perplexity of the vote",
         "gain": "vote's perplexity below the heads' (%)",
         "item": "token",
@@ -103,7 +98,6 @@ VISION = Kind(
     quality="accuracy",
     loss="eval_nll",
     value=lambda row: 100 * float(figure(row, "accuracy")),
-    curve_value=lambda point: 100 * float(point["eval_accuracy"]),
     gain=vote_accuracy_gain,
     higher_is_better=True,
     columns=(
@@ -121,8 +115,6 @@ VISION = Kind(
         *_cost_columns("image"),
     ),
     words={
-        "quality": "accuracy",
-        "Quality": "Accuracy",
         "vote": "accuracy of the vote (%)",
         "gain": "vote's accuracy above the heads' (points)",
         "item": "image",

@@ -84,13 +84,15 @@ class Artist:
 
     def plots(self) -> Iterator[Plot]:
         """Those plots for which there is something to show."""
+        quality = self.kind.quality
+        words = {**self.words, "quality": quality, "Quality": quality.capitalize()}
         for name, (title, caption, draw) in PLOTS.items():
             with mpl.rc_context(self._settings()):
                 canvas, axes = plt.subplots(figsize=(5, 3.9), layout="constrained")
                 drawn = draw(self, axes)
                 plt.close(canvas)
             if drawn:
-                name, title, caption = (text.format_map(self.words) for text in (name, title, caption))
+                name, title, caption = (text.format_map(words) for text in (name, title, caption))
                 yield Plot(name, title, caption, canvas)
 
     def colour(self, method: str) -> str:
@@ -155,7 +157,7 @@ def quality_curves(artist: Artist, axes: Axes) -> bool:
         axes.set_yscale("log")
         _plain_ticks(axes)
     label = f"validation {artist.words['vote']}"
-    return _curves(artist, axes, f"eval_{kind.quality}", label, lambda row: True, kind.curve_value)
+    return _curves(artist, axes, f"eval_{kind.quality}", label, lambda row: True, kind.value)
 
 
 def disagreement_curves(artist: Artist, axes: Axes) -> bool:
