@@ -21,6 +21,7 @@ from runs import assert_resumed_exactly, copy_stopped, read_metrics
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from nt_transformers import NeuroTrailsWideResNetConfig, NeuroTrailsWideResNetForImageClassification
 from nt_transformers.analysis import image_model_cost
 from nt_transformers.data.image_batches import EvaluationBatches
 from nt_transformers.data.images import ImageDataConfig, load_images
@@ -236,6 +237,27 @@ def test_the_whole_family_trains_dense(run_config: RunConfig, network: str, mode
     if heads == 2:
         backbone = [n for n, _ in loaded.named_parameters() if "backbone" in n]
         assert not backbone, "every block is a head's own"
+
+
+def test_a_full_ensemble_equals_networks_trained_alone() -> None:
+    """At M times the learning rate and 1/M of the weight decay, since the loss is the mean over the heads."""
+    torch.manual_seed(0)
+    fields = {"depth": 10, "widen_factor": 1, "num_labels": 3, "num_head_blocks": 3}
+    ensemble = NeuroTrailsWideResNetForImageClassification(NeuroTrailsWideResNetConfig(num_ensemble_heads=2, **fields))
+    alone = NeuroTrailsWideResNetForImageClassification(NeuroTrailsWideResNetConfig(num_ensemble_heads=1, **fields))
+    weights = ensemble.state_dict()
+    second = {name: weights[re.sub(r"(heads|classifiers)\.0", r"\1.1", name)] for name in alone.state_dict()}
+    alone.load_state_dict({name: tensor.clone() for name, tensor in second.items()})
+    for network, rate, decay in ((ensemble, 0.2, 0.01), (alone, 0.1, 0.02)):
+        optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=decay)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            images = torch.randn(6, 3, 16, 16, generator=generator)
+            network(images, labels=torch.arange(6) % 3).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_fsdp_does_not_shard_channels_last(run_config: RunConfig) -> None:
