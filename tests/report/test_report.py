@@ -1,17 +1,14 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """The report says what the results say, stands alone, and can be read on phone and desk, by day and by night."""
 
-import html
 import json
 import re
-import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import check_rendering
 
 from nt_transformers.report import draw_plots, load_results, render_page
 from nt_transformers.report.plots import PAGE
@@ -143,64 +140,7 @@ def test_nothing_to_report(tmp_path: Path) -> None:
         load_results(tmp_path)
 
 
-PROBE = """<!DOCTYPE html><body style="margin:0">{frames}<script>
-addEventListener("load", () => {{
-  const found = [...document.querySelectorAll("iframe")].map(frame => {{
-    const page = frame.contentDocument, style = frame.contentWindow.getComputedStyle(page.body);
-    const letters = [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height);
-    return {{
-      overflow: page.documentElement.scrollWidth - frame.clientWidth,
-      plots: [...page.querySelectorAll("figure svg")].map(svg => svg.getBoundingClientRect().width),
-      smallest: Math.min(...letters), background: style.backgroundColor, color: style.color,
-    }};
-  }});
-  document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
-}});
-</script></body>"""
-
-
-def brightness(colour: str) -> float:
-    return statistics.mean(map(float, re.findall(r"[\d.]+", colour)[:3]))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_it_renders_on_phone_and_desk(study: Path, tmp_path: Path, dark: bool) -> None:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs a browser: install chromium")
-    report = tmp_path / "report.html"
-    command = [
-        sys.executable,
-        "-m",
-        "nt_transformers.report",
-        str(study),
-        "--output",
-        str(report),
-        "--png",
-        str(tmp_path),
-    ]
-    subprocess.run(command, check=True, timeout=300)
-    assert len(list(tmp_path.glob("*.png"))) == 9
-    srcdoc = html.escape(report.read_text(encoding="utf-8"))
-    frames = "".join(
-        f'<iframe srcdoc="{srcdoc}" style="width:{w}px;height:900px;border:0"></iframe>' for w in (390, 1900)
-    )
-    (tmp_path / "probe.html").write_text(PROBE.format(frames=frames), encoding="utf-8")
-    browser = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    browser += [
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--virtual-time-budget=5000",
-        "--dump-dom",
-    ]
-    dom = subprocess.run(
-        [*browser, (tmp_path / "probe.html").as_uri()], check=True, capture_output=True, text=True, timeout=120
-    )
-    phone, desk = json.loads(html.unescape(re.search(r"<pre>(.*)</pre>", dom.stdout)[1]))
-    for screen in (phone, desk):
-        assert screen["overflow"] <= 0
-        assert len(screen["plots"]) == 9
-        assert (brightness(screen["background"]) < brightness(screen["color"])) == dark
-    assert min(phone["plots"]) > 300
-    assert phone["smallest"] > 7
-    assert max(desk["plots"]) < 1000  # several in a row
+    check_rendering(study, tmp_path, dark, plots=9)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import check_rendering
 
 from nt_transformers.report import draw_plots, load_results, render_page
 from nt_transformers.report.plots import PAGE
@@ -121,3 +122,8 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps({"test_bleu": 0.3, "config": {}}))
     with pytest.raises(ValueError, match="neither perplexities nor accuracies"):
         load_results(tmp_path)
+
+
+@pytest.mark.slow
+def test_it_renders_on_phone_and_desk(study: Path, tmp_path: Path) -> None:
+    check_rendering(study, tmp_path, dark=True, plots=10)
