@@ -16,7 +16,7 @@ from .products import multiply, sparse_product
 class SparseLinear(nn.Module):
     """`nn.Linear` for inference on CPUs, its weight a `SparseMatrix`.
 
-    Computes in float32 and returns the dtype of its input. Matrices that are smaller without a bitmap (a density near
+    Sums in float32 and returns the dtype of its input. Matrices that are smaller without a bitmap (a density near
     1) are stored dense. `torch.compile` takes the layer as one custom operator, once it has been prepared.
 
     Args:
@@ -74,7 +74,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        flat = x.reshape(-1, self.in_features).float()
+        flat = x.reshape(-1, self.in_features)
+        flat = flat if flat.dtype in native.ACTIVATIONS else flat.float()
         if torch.compiler.is_compiling():
             index = None if self._kernel is None else self._kernel.index
             y = sparse_product(flat, self.out_features, self.values, self.bitmap, self.scales, index)
