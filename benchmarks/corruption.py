@@ -79,15 +79,15 @@ def edit_manifest(path: Path, rng: random.Random) -> None:
     manifest = json.loads((path.parent / MANIFEST).read_text())
     name = rng.choice(FILES)
     entry = manifest["files"][name]
-    edit = rng.choice(("remove", "add", "size", "sha256", "fit"))
+    edit = rng.choice(("remove", "add", "size", "xxh3_128", "fit"))
     if edit == "remove":
         del manifest["files"][name]
     elif edit == "add":
         manifest["files"][f"{name}.more"] = entry
     elif edit == "size":
         entry["size"] += rng.randint(1, 9)
-    elif edit == "sha256":
-        entry["sha256"] = f"{rng.getrandbits(256):064x}"
+    elif edit == "xxh3_128":
+        entry["xxh3_128"] = f"{rng.getrandbits(128):032x}"
     else:
         lengthen(path.parent / name, rng)
         entry["size"] = (path.parent / name).stat().st_size

@@ -15,6 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -107,6 +108,7 @@ class TrainingLoop:
         self.last_evaluation: dict[str, Any] = {}
         self.guard = NonFiniteGuard(config.on_non_finite)
         self.stopping = False
+        self.rotation: Future[None] | None = None
         self.window_losses: torch.Tensor
 
         if accelerator.is_fsdp2:
@@ -143,7 +145,7 @@ class TrainingLoop:
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        with StopSignals() as self.signals, progress:
+        with StopSignals() as self.signals, progress, ThreadPoolExecutor(max_workers=1) as self.background:
             batches = self.task.batches(self.position)
             self.network.train()
             self.timer = PhaseTimer(self.accelerator.device)
@@ -157,6 +159,7 @@ class TrainingLoop:
                 if self.stopping:
                     self._save()
                     raise Interrupted
+            self._finish_rotation()
 
     def _after_step(self, progress: tqdm) -> None:
         last = self.step == self.config.max_steps
@@ -295,13 +298,22 @@ class TrainingLoop:
     def _write_checkpoint(
         self, weights: dict[str, torch.Tensor], training: dict[str, Any], state: dict[str, Any]
     ) -> CheckpointError | None:
+        self._finish_rotation()
         try:
             self.metrics.sync()
             folder = save_checkpoint(self.checkpoints, self.step, weights, training, state)
         except CheckpointError as error:
             return error
-        rotate_checkpoints(self.checkpoints, self.config.keep_last, self.config.keep_every, written=folder)
+        # Old checkpoints are deleted while training goes on: large ones take a while.
+        self.rotation = self.background.submit(
+            rotate_checkpoints, self.checkpoints, self.config.keep_last, self.config.keep_every, written=folder
+        )
         return None
+
+    def _finish_rotation(self) -> None:
+        if self.rotation is not None:
+            self.rotation.result()
+            self.rotation = None
 
     def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
         """What the main process is to save; every process has to call this."""

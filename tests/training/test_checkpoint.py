@@ -1,7 +1,6 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints are complete or absent, and damage never goes unnoticed."""
 
-import hashlib
 import json
 import resource
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from nt_transformers.training.checkpoint import (
     CheckpointError,
@@ -67,7 +67,7 @@ def test_a_manifest_edited_to_fit_an_edited_file_is_damage(tmp_path: Path) -> No
     state, manifest = folder / "state.json", folder / "manifest.json"
     state.write_text('{"step": 1000}')
     content = json.loads(manifest.read_text())
-    content["files"]["state.json"] = {"size": 14, "sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
+    content["files"]["state.json"] = {"size": 14, "xxh3_128": xxhash.xxh3_128_hexdigest(state.read_bytes())}
     manifest.write_text(json.dumps(content))
     assert "manifest.json is not as it was written" in str(find_damage(folder))
 

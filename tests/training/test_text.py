@@ -231,8 +231,8 @@ def test_a_checkpoint_is_hashed_once_and_taken_only_if_whole(
     train_language_model(config)
     folder = Path(config.output_dir) / "checkpoints" / "step_8"
     hashed: list[str] = []
-    original = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: hashed.append(path.name) or original(path))
+    original = checkpoint._hash
+    monkeypatch.setattr(checkpoint, "_hash", lambda path: hashed.append(path.name) or original(path))
     again = run_config(resume_from_checkpoint="latest" if named == "latest" else str(folder))
     train_language_model(again)
     assert sorted(hashed) == ["model.safetensors", "state.json", "training.pt"]
