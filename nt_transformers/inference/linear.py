@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -57,6 +58,19 @@ class SparseLinear(nn.Module):
         self.prepare()
         assert self._kernel is not None
         return self._kernel
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # What `.to()`, `.half()` and their like go through; the kernels point to the weight as it is.
+        for part in (self.values, self.scales):
+            probe = None if part is None else fn(part.new_empty(0))
+            if part is not None and probe is not None and (probe.dtype, probe.device) != (part.dtype, part.device):
+                raise ValueError(
+                    f"{probe.dtype} on {probe.device}: compressed layers keep {part.dtype} on the CPU; convert the "
+                    "model before compressing it, or `dequantize()` it first."
+                )
+        super()._apply(fn, recurse)
+        self._kernel, self._prepared = None, False
+        return self
 
     def prepare(self) -> None:
         """Checks the weight and hands it to the kernels, once; done by itself before the first product.
