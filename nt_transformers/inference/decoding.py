@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..models.neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..models.neurotrails_llama.modeling_neurotrails_llama import NeuroTrailsModelOutputWithPast
-from . import native
+from . import native, products
 from .linear import SparseLinear
 
 
@@ -134,10 +134,11 @@ class Decoder:
         self._plans: dict[tuple[bool, tuple[int, ...]], _Plan] = {}
         # What the plans point to.
         self._memory: list[Any] = []
+        self._quicker: dict[tuple[bool, tuple[int, ...], int, int], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes plans of its own weights.
-        return self.__dict__ | {"_plans": {}, "_memory": []}
+        return self.__dict__ | {"_plans": {}, "_memory": [], "_quicker": {}}
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -176,7 +177,7 @@ class Decoder:
         """As `NeuroTrailsLlamaModel.forward`."""
         config, heads = self.model.config, self.model.active_heads
         cached = self._cached(config.num_backbone_layers + len(heads) * config.num_head_layers, args, kwargs)
-        if cached is None:
+        if cached is None or not self._is_quicker(True, tuple(heads), kwargs["input_ids"].numel()):
             return self._usual_forward(*args, **kwargs)
         owners = [self.model] if config.num_backbone_layers > 0 else [cast(Any, self.model.heads[m]) for m in heads]
         stems = torch.stack([owner.embed_tokens(kwargs["input_ids"]) for owner in owners])
@@ -189,7 +190,7 @@ class Decoder:
     def run_backbone(self, **kwargs: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
         """As `NeuroTrailsLlamaModel.run_backbone`."""
         cached = self._cached(self.model.config.num_backbone_layers, (), kwargs)
-        if cached is None or not cached.layers:
+        if cached is None or not cached.layers or not self._is_quicker(True, (), kwargs["input_ids"].numel()):
             return self.model.run_backbone(**kwargs)
         embedding = self.model.embed_tokens(kwargs["input_ids"])
         rotary = self._rotary(embedding, kwargs.get("position_ids"), cached)
@@ -218,7 +219,7 @@ class Decoder:
             return None
         first = head.layers[0].self_attn.layer_idx
         cached = _Cached.of(head_kwargs["past_key_values"], first, depth, stem.shape[:2], padding_mask)
-        if cached is None:
+        if cached is None or not self._is_quicker(False, (m,), stem.shape[:2].numel()):
             return None
         return self._run(False, (m,), stem, head_kwargs["position_embeddings"], cached)[0]
 
@@ -237,6 +238,21 @@ class Decoder:
         if not simple:
             return None
         return _Cached.of(kwargs.get("past_key_values"), 0, depth, tokens.shape, kwargs.get("attention_mask"))
+
+    def _is_quicker(self, backbone: bool, heads: tuple[int, ...], tokens: int) -> bool:
+        """Whether the kernels multiply so many tokens in all of these layers at least as quickly as torch."""
+        key = backbone, heads, tokens, torch.get_num_threads()
+        if key not in self._quicker:
+            layers = (layer for module in self._modules(backbone, heads) for layer in module.modules())
+            self._quicker[key] = not any(
+                products.quicker_dense(layer.kernel, tokens, self.model.dtype)
+                for layer in layers
+                if isinstance(layer, SparseLinear)
+            )
+        return self._quicker[key]
+
+    def _modules(self, backbone: bool, heads: tuple[int, ...]) -> list[nn.Module]:
+        return _decoder_layers(self.model, heads)[0 if backbone else self.model.config.num_backbone_layers :]
 
     def _rotary(
         self, hidden: torch.Tensor, position_ids: torch.Tensor | None, cached: _Cached
@@ -290,8 +306,7 @@ class Decoder:
 
     def _build_plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
         config = self.model.config
-        modules = _decoder_layers(self.model, heads)[0 if backbone else config.num_backbone_layers :]
-        layers = [self._describe(layer) for layer in modules]
+        layers = [self._describe(layer) for layer in self._modules(backbone, heads)]
         # A backbone by itself is one stream without a final norm.
         norms: list[int | None] = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
         norms = norms or [None]

@@ -57,13 +57,15 @@ def test_other_ways_of_generating(make_model, options) -> None:
     assert torch.equal(generate(compressed, **options).sequences, generate(model, **options).sequences)
 
 
+@pytest.mark.usefixtures("kernels_multiply")
 def test_several_tokens_of_padded_texts_are_decoded_in_one_call(make_model) -> None:
     model = make_model()
     compressed = compress(copy.deepcopy(model), "fp32")
     mask = MASK.clone()
     mask[0, :2] = 0
     with torch.no_grad():
-        caches = [network(TOKENS[:, :4], attention_mask=mask[:, :4]).past_key_values for network in (model, compressed)]
+        prompt = {"input_ids": TOKENS[:, :4], "attention_mask": mask[:, :4]}
+        caches = [network(**prompt).past_key_values for network in (model, compressed)]
         expected, logits = (
             network(TOKENS[:, 4:], attention_mask=mask, past_key_values=cache).logits
             for network, cache in zip((model, compressed), caches, strict=True)

@@ -195,7 +195,7 @@ class TestMistakes:
 
     def test_unknown_instruction_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", "mmx")
-        with pytest.raises(ValueError, match=r"NT_TRANSFORMERS_INSTRUCTION_SET='mmx': choose from avx512_bf16, avx512"):
+        with pytest.raises(ValueError, match=r"NT_TRANSFORMERS_INSTRUCTION_SET='mmx': choose from avx512_bf16"):
             native.instruction_set()
 
     @pytest.mark.parametrize("part", ["bitmap", "values", "scales"])
