@@ -226,9 +226,10 @@ class Decoder:
     def _cached(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Cached | None:
         """The cache's first layers, ready for more tokens; None where this call has to go the usual way."""
         tokens, config = kwargs.get("input_ids"), self.model.config
+        if not isinstance(tokens, torch.Tensor):
+            return None
         simple = (
             not args
-            and isinstance(tokens, torch.Tensor)
             and kwargs.get("inputs_embeds") is None
             and not torch.is_grad_enabled()
             and not any(

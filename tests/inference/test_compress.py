@@ -230,7 +230,7 @@ class TestMistakes:
     def test_another_dtype_afterwards(self, make_model, values) -> None:
         compressed = compress(make_model(), values)
         with pytest.raises(ValueError, match=r"torch.float16 on cpu: compressed layers keep .*dequantize"):
-            compressed.half()
+            compressed.to(torch.float16)
         unchanged = compress(make_model(), values)
         expected = generate(unchanged).sequences
         assert torch.equal(generate(unchanged.to("cpu")).sequences, expected)
