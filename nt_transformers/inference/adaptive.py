@@ -9,9 +9,8 @@ or the first head's, whichever the first head's certainty says, as if all heads 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
@@ -165,8 +164,10 @@ class AdaptiveVoting:
 
         def hidden_states(m: int, stem: Tensor) -> Tensor:
             """Of head m, [batch, kept, hidden]; it may have had to process earlier positions as well."""
-            head: Callable[..., Tensor] = base.heads[m] if decoder is None else partial(decoder.run_head, m)
-            return slice_logits_to_keep(head(stem, **head_kwargs)[:, -length:], logits_to_keep)
+            hidden = None if decoder is None else decoder.run_head(m, attention_mask, stem, **head_kwargs)
+            if hidden is None:
+                hidden = cast(Any, base.heads[m])(stem, **head_kwargs)
+            return slice_logits_to_keep(hidden[:, -length:], logits_to_keep)
 
         logits = self.model.lm_heads[first](hidden_states(first, stems[0]))
         unsure = certainty(logits, self.measure) < self.threshold

@@ -1,13 +1,16 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""Decoding of one text as one call per token for all decoder layers of a compressed model.
+"""Decoding of a few tokens as one call for all decoder layers of a compressed model.
 
-One token takes a thousand small operations, each of which costs torch several microseconds: as much time in all as the
+A token takes a thousand small operations, each of which costs torch several microseconds: as much time in all as the
 arithmetic. Here the whole stack (norms, rotary embedding, attention, key-value cache) is one parallel region.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,13 +19,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..models.neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..models.neurotrails_llama.modeling_neurotrails_llama import NeuroTrailsModelOutputWithPast
-from . import native
+from . import native, products
 from .linear import SparseLinear
 
 
-# What the kernels have room for.
-LARGEST_HEAD = 512
-_CACHE_TYPES = {torch.bfloat16: 0, torch.float32: 2}
+# What the kernels have room for: tokens of all texts together.
+FEW_TOKENS = 16
 
 
 class GrowingLayer(DynamicLayer):
@@ -100,11 +102,27 @@ class _Plan(ctypes.Structure):
         ("norms", ctypes.POINTER(ctypes.c_void_p)),
         ("epsilon", ctypes.c_float),
         ("scaling", ctypes.c_float),
+        ("rounds", ctypes.c_int32),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (
+        ("texts", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("filled", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
     )
 
 
 class Decoder:
-    """Takes over `model.model.forward` for single tokens of a single text; everything else goes the usual way.
+    """Takes over `model.model.forward` for a few more tokens of cached texts; everything else goes the usual way.
 
     Args:
         model: A compressed `NeuroTrailsLlamaForCausalLM`.
@@ -116,10 +134,11 @@ class Decoder:
         self._plans: dict[tuple[bool, tuple[int, ...]], _Plan] = {}
         # What the plans point to.
         self._memory: list[Any] = []
+        self._quicker: dict[tuple[bool, tuple[int, ...], int, int], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes plans of its own weights.
-        return self.__dict__ | {"_plans": {}, "_memory": []}
+        return self.__dict__ | {"_plans": {}, "_memory": [], "_quicker": {}}
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -138,8 +157,7 @@ class Decoder:
             and len({module.values.dtype for module in linear}) == 1
             and config.hidden_act == "silu"
             and config.head_dim % 16 == 0
-            and config.head_dim <= LARGEST_HEAD
-            and model.dtype in _CACHE_TYPES
+            and model.dtype in native.ACTIVATIONS
         )
 
     @classmethod
@@ -158,67 +176,91 @@ class Decoder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `NeuroTrailsLlamaModel.forward`."""
         config, heads = self.model.config, self.model.active_heads
-        layers = self._cache_layers(config.num_backbone_layers + len(heads) * config.num_head_layers, args, kwargs)
-        if layers is None:
+        cached = self._cached(config.num_backbone_layers + len(heads) * config.num_head_layers, args, kwargs)
+        if cached is None or not self._is_quicker(True, tuple(heads), kwargs["input_ids"].numel()):
             return self._usual_forward(*args, **kwargs)
         owners = [self.model] if config.num_backbone_layers > 0 else [cast(Any, self.model.heads[m]) for m in heads]
-        stems = torch.cat([owner.embed_tokens(kwargs["input_ids"])[0] for owner in owners])
-        rotary = self._rotary(stems.float(), kwargs.get("position_ids"), layers)
-        hidden = self._run(True, tuple(heads), stems, rotary, layers)
+        stems = torch.stack([owner.embed_tokens(kwargs["input_ids"]) for owner in owners])
+        rotary = self._rotary(stems[0], kwargs.get("position_ids"), cached)
+        hidden = self._run(True, tuple(heads), stems, rotary, cached)
         return NeuroTrailsModelOutputWithPast(
             last_hidden_state=hidden.mean(0), past_key_values=kwargs["past_key_values"], head_hidden_states=hidden
         )
 
     def run_backbone(self, **kwargs: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
         """As `NeuroTrailsLlamaModel.run_backbone`."""
-        layers = self._cache_layers(self.model.config.num_backbone_layers, (), kwargs)
-        if not layers:
+        cached = self._cached(self.model.config.num_backbone_layers, (), kwargs)
+        if cached is None or not cached.layers or not self._is_quicker(True, (), kwargs["input_ids"].numel()):
             return self.model.run_backbone(**kwargs)
-        embedding = self.model.embed_tokens(kwargs["input_ids"])[0]
-        rotary = self._rotary(embedding, kwargs.get("position_ids"), layers)
-        stem = self._run(True, (), embedding, rotary, layers)[0]
+        embedding = self.model.embed_tokens(kwargs["input_ids"])
+        rotary = self._rotary(embedding, kwargs.get("position_ids"), cached)
+        stem = self._run(True, (), embedding, rotary, cached)[0]
         return [stem] * len(self.model.active_heads), {
             "depth": self.model.config.num_head_layers,
-            "attention_mask": None,
             "position_embeddings": rotary,
             "position_ids": kwargs.get("position_ids"),
             "past_key_values": kwargs["past_key_values"],
             "use_cache": True,
         }
 
-    def run_head(self, m: int, stem: torch.Tensor, **head_kwargs: Any) -> torch.Tensor:
-        """Head m on hidden states [batch, seq, hidden], the same shape; called as the head itself."""
-        head, cache, depth = cast(Any, self.model.heads[m]), head_kwargs["past_key_values"], head_kwargs["depth"]
-        layers = None
-        if stem.shape[:2] == (1, 1) and head_kwargs["attention_mask"] is None and 0 < depth == len(head.layers):
-            layers = _growing_layers(cache, head.layers[0].self_attn.layer_idx, depth)
-        if layers is None:
-            return cast(torch.Tensor, head(stem, **head_kwargs))
-        return self._run(False, (m,), stem[0], head_kwargs["position_embeddings"], layers)[0]
+    def run_head(
+        self, m: int, padding_mask: torch.Tensor | None, stem: torch.Tensor, **head_kwargs: Any
+    ) -> torch.Tensor | None:
+        """Head m on hidden states [batch, seq, hidden], the same shape, or None where only the head itself can do it.
 
-    def _cache_layers(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[GrowingLayer] | None:
-        """The cache's first layers, ready for one more token; None where this call has to go the usual way."""
-        tokens, cache, mask = (kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
-        config = self.model.config
+        Args:
+            m: The head.
+            padding_mask: As a model takes it, [batch, past + seq] or None.
+            stem: [batch, seq, hidden].
+            head_kwargs: What the head would be called with.
+        """
+        head, depth = cast(Any, self.model.heads[m]), head_kwargs["depth"]
+        if not 0 < depth == len(head.layers):
+            return None
+        first = head.layers[0].self_attn.layer_idx
+        cached = _Cached.of(head_kwargs["past_key_values"], first, depth, stem.shape[:2], padding_mask)
+        if cached is None or not self._is_quicker(False, (m,), stem.shape[:2].numel()):
+            return None
+        return self._run(False, (m,), stem, head_kwargs["position_embeddings"], cached)[0]
+
+    def _cached(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Cached | None:
+        """The cache's first layers, ready for more tokens; None where this call has to go the usual way."""
+        tokens, config = kwargs.get("input_ids"), self.model.config
+        if not isinstance(tokens, torch.Tensor):
+            return None
         simple = (
             not args
-            and isinstance(tokens, torch.Tensor)
-            and tokens.shape == (1, 1)
             and kwargs.get("inputs_embeds") is None
             and not torch.is_grad_enabled()
             and not any(
                 kwargs.get(name, getattr(config, name)) for name in ("output_hidden_states", "output_attentions")
             )
-            and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2 and bool(mask.all())))
         )
-        return _growing_layers(cache, 0, depth) if simple else None
+        if not simple:
+            return None
+        return _Cached.of(kwargs.get("past_key_values"), 0, depth, tokens.shape, kwargs.get("attention_mask"))
+
+    def _is_quicker(self, backbone: bool, heads: tuple[int, ...], tokens: int) -> bool:
+        """Whether the kernels multiply so many tokens in all of these layers at least as quickly as torch."""
+        key = backbone, heads, tokens, torch.get_num_threads()
+        if key not in self._quicker:
+            layers = (layer for module in self._modules(backbone, heads) for layer in module.modules())
+            self._quicker[key] = not any(
+                products.quicker_dense(layer.kernel, tokens, self.model.dtype)
+                for layer in layers
+                if isinstance(layer, SparseLinear)
+            )
+        return self._quicker[key]
+
+    def _modules(self, backbone: bool, heads: tuple[int, ...]) -> list[nn.Module]:
+        return _decoder_layers(self.model, heads)[0 if backbone else self.model.config.num_backbone_layers :]
 
     def _rotary(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, layers: list[GrowingLayer]
+        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, cached: _Cached
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if position_ids is None:
-            position_ids = torch.tensor([[layers[0].get_seq_length()]])
-        return cast(Any, self.model.rotary_emb)(hidden, position_ids)
+            position_ids = torch.arange(cached.filled, cached.filled + hidden.shape[1])[None]
+        return cast(Any, self.model.rotary_emb)(hidden.float(), position_ids)
 
     @torch.no_grad()
     def _run(
@@ -227,32 +269,35 @@ class Decoder:
         heads: tuple[int, ...],
         stems: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        layers: list[GrowingLayer],
+        cached: _Cached,
     ) -> torch.Tensor:
-        """One token through the backbone, some heads or both: [heads, 1, 1, hidden] in the model's dtype."""
-        length = layers[0].get_seq_length()
-        for layer in layers:
-            layer.reserve(length + 1)
+        """A few tokens through the backbone, some heads or both: [heads, batch, seq, hidden] in the model's dtype."""
         stems = stems.float().contiguous()
-        cosine, sine = (part.flatten().float() for part in rotary)
+        batch, length = stems.shape[-3:-1]
+        cosine, sine = (part.expand(batch, -1, -1).float().contiguous() for part in rotary)
         plan = self._plan(backbone, heads)
-        out = torch.empty(plan.heads, 1, 1, plan.hidden)
+        out = torch.empty(plan.heads, batch, length, plan.hidden)
+        layers = cached.layers
+        for layer in layers:
+            layer.reserve(cached.filled + length)
         pointers = ctypes.c_void_p * len(layers)
-        native.kernels().nt_decode(
-            ctypes.byref(plan),
-            stems.data_ptr(),
-            pointers(*(layer.buffers[0].data_ptr() for layer in layers)),
-            pointers(*(layer.buffers[1].data_ptr() for layer in layers)),
-            _CACHE_TYPES[layers[0].keys.dtype],
-            layers[0].capacity,
+        tokens = _Tokens(
+            batch,
             length,
+            ctypes.cast(pointers(*(layer.buffers[0].data_ptr() for layer in layers)), ctypes.c_void_p),
+            ctypes.cast(pointers(*(layer.buffers[1].data_ptr() for layer in layers)), ctypes.c_void_p),
+            layers[0].capacity,
+            cached.filled,
+            cached.starts.data_ptr(),
             cosine.data_ptr(),
             sine.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
+            native.ACTIVATIONS[layers[0].keys.dtype],
+        )
+        native.kernels().nt_decode(
+            ctypes.byref(plan), ctypes.byref(tokens), stems.data_ptr(), out.data_ptr(), torch.get_num_threads()
         )
         for layer in layers:
-            layer.extend(length + 1)
+            layer.extend(cached.filled + length)
         return out.to(self.model.dtype)
 
     def _plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
@@ -262,8 +307,7 @@ class Decoder:
 
     def _build_plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
         config = self.model.config
-        modules = _decoder_layers(self.model, heads)[0 if backbone else config.num_backbone_layers :]
-        layers = [self._describe(layer) for layer in modules]
+        layers = [self._describe(layer) for layer in self._modules(backbone, heads)]
         # A backbone by itself is one stream without a final norm.
         norms: list[int | None] = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
         norms = norms or [None]
@@ -280,6 +324,7 @@ class Decoder:
             (ctypes.c_void_p * len(norms))(*norms),
             config.rms_norm_eps,
             config.head_dim**-0.5,
+            self.model.dtype == torch.bfloat16,
         )
 
     def _describe(self, layer: Any) -> _Layer:
@@ -300,16 +345,56 @@ def _decoder_layers(model: Any, heads: Any) -> list[nn.Module]:
     return [*model.layers, *(layer for m in heads for layer in model.heads[m].layers)]
 
 
-def _growing_layers(cache: Cache | None, first: int, depth: int) -> list[GrowingLayer] | None:
-    """`depth` layers of a filled dynamic cache, turned into growing ones; None for any other cache."""
-    if not isinstance(cache, DynamicCache) or len(cache.layers) < first + depth:
-        return None
-    layers = cast(list[DynamicLayer], cache.layers[first : first + depth])
-    for slot, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, GrowingLayer) or layer.get_seq_length() == 0:
+@dataclass(frozen=True)
+class _Cached:
+    """What the kernels need to know of a filled cache.
+
+    Args:
+        layers: Some of its layers.
+        filled: How many tokens there are of each text.
+        starts: int64 [batch], how many of these are padding, at the beginning.
+    """
+
+    layers: list[GrowingLayer]
+    filled: int
+    starts: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, cache: Cache | None, first: int, depth: int, shape: Sequence[int], padding_mask: object
+    ) -> _Cached | None:
+        """`depth` layers of a dynamic cache, turned into growing ones, for `shape` [batch, seq] more tokens; None for
+        another kind of cache or mask, and for more tokens than a few."""
+        if not isinstance(cache, DynamicCache) or len(cache.layers) < first + depth or math.prod(shape) > FEW_TOKENS:
             return None
-        if not isinstance(layer, GrowingLayer):
-            layers[slot] = cache.layers[first + slot] = GrowingLayer(layer)
-    growing = cast(list[GrowingLayer], layers)
-    same = all(layer.keys.shape[0] == 1 and layer.keys.dtype in _CACHE_TYPES for layer in growing)
-    return growing if same else None
+        layers = cast(list[DynamicLayer], cache.layers[first : first + depth])
+        if not all(_may_grow(layer, shape[0]) for layer in layers):
+            return None
+        filled = layers[0].get_seq_length() if layers else 0
+        starts = _left_padding(padding_mask, shape[0], filled)
+        if starts is None:
+            return None
+        for slot, layer in enumerate(layers, start=first):
+            if not isinstance(layer, GrowingLayer):
+                cache.layers[slot] = GrowingLayer(layer)
+        return cls(cast(list[GrowingLayer], cache.layers[first : first + depth]), filled, starts)
+
+
+def _may_grow(layer: DynamicLayer, batch: int) -> bool:
+    return (
+        type(layer) in (DynamicLayer, GrowingLayer)
+        and layer.get_seq_length() > 0
+        and cast(torch.Tensor, layer.keys).shape[0] == batch
+        and cast(torch.Tensor, layer.keys).dtype in native.ACTIVATIONS
+    )
+
+
+def _left_padding(mask: object, batch: int, filled: int) -> torch.Tensor | None:
+    """How many of the `filled` tokens of each text are padding, all at its beginning; None for any other mask."""
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    seen = mask != 0
+    starts = (~seen).sum(1)
+    return starts if bool((starts <= filled).all()) and bool((seen[:, 1:] >= seen[:, :-1]).all()) else None

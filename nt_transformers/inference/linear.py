@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -16,7 +17,7 @@ from .products import multiply, sparse_product
 class SparseLinear(nn.Module):
     """`nn.Linear` for inference on CPUs, its weight a `SparseMatrix`.
 
-    Computes in float32 and returns the dtype of its input. Matrices that are smaller without a bitmap (a density near
+    Sums in float32 and returns the dtype of its input. Matrices that are smaller without a bitmap (a density near
     1) are stored dense. `torch.compile` takes the layer as one custom operator, once it has been prepared.
 
     Args:
@@ -58,6 +59,19 @@ class SparseLinear(nn.Module):
         assert self._kernel is not None
         return self._kernel
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # What `.to()`, `.half()` and their like go through; the kernels point to the weight as it is.
+        for part in (self.values, self.scales):
+            probe = None if part is None else fn(part.new_empty(0))
+            if part is not None and probe is not None and (probe.dtype, probe.device) != (part.dtype, part.device):
+                raise ValueError(
+                    f"{probe.dtype} on {probe.device}: compressed layers keep {part.dtype} on the CPU; convert the "
+                    "model before compressing it, or `dequantize()` it first."
+                )
+        super()._apply(fn, recurse)
+        self._kernel, self._prepared = None, False
+        return self
+
     def prepare(self) -> None:
         """Checks the weight and hands it to the kernels, once; done by itself before the first product.
 
@@ -74,7 +88,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        flat = x.reshape(-1, self.in_features).float()
+        flat = x.reshape(-1, self.in_features)
+        flat = flat if flat.dtype in native.ACTIVATIONS else flat.float()
         if torch.compiler.is_compiling():
             index = None if self._kernel is None else self._kernel.index
             y = sparse_product(flat, self.out_features, self.values, self.bitmap, self.scales, index)

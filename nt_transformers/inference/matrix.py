@@ -100,8 +100,8 @@ class SparseMatrix:
         return dense if self.scales is None else dense * self.scales[:, None]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [tokens, columns] times the transposed matrix in torch: [tokens, rows], both float32."""
-        return torch.nn.functional.linear(x, self.to_dense().float())
+        """`x` [tokens, columns] times the transposed matrix in torch: [tokens, rows], of the same type."""
+        return torch.nn.functional.linear(x.float(), self.to_dense().float()).to(x.dtype)
 
     def check(self) -> None:
         """The kernels trust the parts to belong together; raises `ValueError` unless they do."""

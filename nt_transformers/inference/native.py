@@ -24,16 +24,17 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-O3", "-std=c++17", "-Wno-psabi", "-fPIC", "-shared", "-fopenmp")
 # The flags that each instruction set needs, and the processor features that it asks for.
+_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vbmi2", "-mavx512vnni")
+_AVX512_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni"}
 INSTRUCTION_SETS = {
-    "avx512": (
-        ("-march=x86-64-v4", *(f"-mavx512{part}" for part in ("vbmi", "vbmi2", "vpopcntdq", "bitalg", "vnni"))),
-        {"avx512f", "avx512bw", "avx512vl", "avx512vbmi"}
-        | {f"avx512_{part}" for part in ("vbmi2", "vpopcntdq", "bitalg", "vnni")},
-    ),
+    "avx512_bf16": ((*_AVX512_FLAGS, "-mavx512bf16"), _AVX512_FEATURES | {"avx512_bf16"}),
+    "avx512": (_AVX512_FLAGS, _AVX512_FEATURES),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
     "portable": ((), set()),
 }
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+# The types that activations and key-value caches may have.
+ACTIVATIONS = {torch.bfloat16: 0, torch.float32: 2}
 
 
 class Matrix(ctypes.Structure):
@@ -86,6 +87,16 @@ class KernelMatrix:
         return KernelMatrix, (self._matrix, self.index)
 
     @property
+    def scales(self) -> torch.Tensor | None:
+        """See `SparseMatrix`."""
+        return self._matrix.scales
+
+    @property
+    def fits_bfloat16(self) -> bool:
+        """Whether bfloat16 holds the unscaled values exactly."""
+        return self._matrix.values.dtype in (torch.bfloat16, torch.int8)
+
+    @property
     def kind(self) -> Kind:
         """What matrices that take the same time have in common."""
         rows, columns = self._matrix.shape
@@ -93,19 +104,29 @@ class KernelMatrix:
         return rows, columns, tenths, self.structure.type, self._matrix.bitmap is not None
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [tokens, columns] times the transposed matrix: [tokens, rows], both float32."""
-        assert x.dtype == torch.float32
+        """`x` [tokens, columns] times the transposed matrix: [tokens, rows], both float32 or both bfloat16.
+
+        Sums are float32. int8 values take the activations as whole numbers of 24 bits (16 where they are bfloat16)
+        below the largest of each token.
+        """
         assert x.shape[1] == self.structure.columns
         x = x.contiguous()
-        y = torch.empty(len(x), self.structure.rows)
-        self._kernels.nt_multiply(self.structure, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads())
+        y = x.new_empty(len(x), self.structure.rows)
+        self._kernels.nt_multiply(
+            self.structure, x.data_ptr(), y.data_ptr(), ACTIVATIONS[x.dtype], len(x), torch.get_num_threads()
+        )
         return y
+
+    def unscaled(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values, without their scales, as a whole matrix in float32 or bfloat16."""
+        dense = torch.empty(self.structure.rows, self.structure.columns, dtype=dtype)
+        self._kernels.nt_to_dense(self.structure, dense.data_ptr(), ACTIVATIONS[dtype], torch.get_num_threads())
+        return dense
 
     def to_dense(self) -> torch.Tensor:
         """The whole matrix in float32."""
-        dense = torch.empty(self.structure.rows, self.structure.columns)
-        self._kernels.nt_to_dense(self.structure, dense.data_ptr(), torch.get_num_threads())
-        return dense
+        dense = self.unscaled(torch.float32)
+        return dense if self.scales is None else dense.mul_(self.scales[:, None])
 
 
 def available() -> bool:
@@ -171,10 +192,9 @@ def _load(name: str) -> ctypes.CDLL:
         build(name, path)
     library = ctypes.CDLL(str(path))
     pointer, integer, choice = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.nt_multiply.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, integer, choice)
-    buffers = (pointer, pointer, pointer)
-    library.nt_decode.argtypes = (pointer, *buffers, choice, integer, integer, *buffers, choice)
-    library.nt_to_dense.argtypes = (ctypes.POINTER(Matrix), pointer, choice)
+    library.nt_multiply.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, choice, integer, choice)
+    library.nt_decode.argtypes = (pointer, pointer, pointer, pointer, choice)
+    library.nt_to_dense.argtypes = (ctypes.POINTER(Matrix), pointer, choice, choice)
     library.nt_multiply.restype = library.nt_to_dense.restype = library.nt_decode.restype = None
     return library
 

@@ -21,16 +21,25 @@ MARGIN = 0.9
 
 
 def multiply(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
-    """`x` [tokens, columns] times the transposed matrix: [tokens, rows], both float32.
+    """`x` [tokens, columns] times the transposed matrix: [tokens, rows], both float32 or both bfloat16.
 
     Either by the sparse kernels or by torch on a dense copy, which lives as long as the product. What is quicker is
-    measured once in a process for each shape, density (to 0.1), type of values and number of tokens (to a power of 2).
+    measured once in a process for each shape, density (to 0.1), types and number of tokens (to a power of 2).
     """
-    if len(x) > FEW_TOKENS:
-        tokens = min(1 << (len(x) - 1).bit_length(), MANY_TOKENS)
-        if _quicker_dense(matrix, tokens):
-            return _multiply_dense(matrix, x)
-    return matrix.multiply(x)
+    return _multiply_dense(matrix, x) if quicker_dense(matrix, len(x), x.dtype) else matrix.multiply(x)
+
+
+def quicker_dense(matrix: native.KernelMatrix, tokens: int, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies so many tokens of this type more quickly than the sparse kernels."""
+    if tokens <= FEW_TOKENS:
+        return False
+    tokens = min(1 << (tokens - 1).bit_length(), MANY_TOKENS)
+    key = matrix.kind, tokens, dtype, torch.get_num_threads()
+    if key not in _timed:
+        x = torch.randn(tokens, matrix.structure.columns).to(dtype)
+        sparse = _seconds(lambda: matrix.multiply(x))
+        _timed[key] = _seconds(lambda: _multiply_dense(matrix, x)) < MARGIN * sparse
+    return _timed[key]
 
 
 @torch.library.custom_op("nt_transformers::sparse_product", mutates_args=(), device_types="cpu")
@@ -45,7 +54,7 @@ def sparse_product(
     """As `multiply`, for `torch.compile`: the parts of a `SparseMatrix` and what `KernelMatrix` adds to them.
 
     Args:
-        x: float32 [tokens, columns].
+        x: float32 or bfloat16 [tokens, columns].
         rows: Of the matrix.
         values: See `SparseMatrix`, as for `bitmap` and `scales`.
         index: `KernelMatrix.index`, or None where there are no kernels.
@@ -67,20 +76,14 @@ def _(
 
 
 def _multiply_dense(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x, matrix.to_dense())
+    if x.dtype == torch.bfloat16 and matrix.fits_bfloat16:
+        y = torch.nn.functional.linear(x, matrix.unscaled(torch.bfloat16))
+        return y if matrix.scales is None else y.float().mul_(matrix.scales).to(x.dtype)
+    return torch.nn.functional.linear(x.float(), matrix.to_dense()).to(x.dtype)
 
 
-# Whether torch is quicker, by kind of matrix, number of tokens and number of threads.
-_timed: dict[tuple[native.Kind, int, int], bool] = {}
-
-
-def _quicker_dense(matrix: native.KernelMatrix, tokens: int) -> bool:
-    key = matrix.kind, tokens, torch.get_num_threads()
-    if key not in _timed:
-        x = torch.randn(tokens, matrix.structure.columns)
-        sparse = _seconds(lambda: matrix.multiply(x))
-        _timed[key] = _seconds(lambda: _multiply_dense(matrix, x)) < MARGIN * sparse
-    return _timed[key]
+# Whether torch is quicker, by kind of matrix, number of tokens, their type and number of threads.
+_timed: dict[tuple[native.Kind, int, torch.dtype, int], bool] = {}
 
 
 def _seconds(function: Callable[[], object], repeats: int = 2) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_transformers.inference import products
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,6 +16,13 @@ def _kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def kernels_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts as slower, whatever this machine is busy with."""
+    monkeypatch.setattr(products, "_timed", {})
+    monkeypatch.setattr(products, "MARGIN", 0)
 
 
 MakeModel = Callable[..., NeuroTrailsLlamaForCausalLM]

@@ -65,10 +65,17 @@ template <typename V> void check(Type type, int64_t rows, int64_t columns, doubl
   const Random<V> random(rows, columns, density, density < 1 || draw(0, 1), type);
   std::vector<float> x(tokens * columns), y(tokens * rows), dense(rows * columns);
   for (float& value : x) value = normal();
-  nt_multiply(&random.matrix, x.data(), y.data(), tokens, 2);
-  nt_to_dense(&random.matrix, dense.data(), 2);
-  for (int64_t i = 0; i < rows * columns; ++i)
-    if (dense[i] != random.dense[i]) std::printf("weight %g != %g\n", dense[i], random.dense[i]), std::exit(1);
+  nt_multiply(&random.matrix, x.data(), y.data(), kFloat32, tokens, 2);
+  nt_to_dense(&random.matrix, dense.data(), kFloat32, 2);
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const float weight = dense[i] * random.scales[i / columns];
+    if (weight != random.dense[i]) std::printf("weight %g != %g\n", weight, random.dense[i]), std::exit(1);
+  }
+  // In bfloat16 for the sanitizers alone: test_kernels.py compares the numbers.
+  std::vector<BFloat16> rounded(tokens * columns), product(tokens * rows), weights(rows * columns);
+  for (int64_t i = 0; i < tokens * columns; ++i) store(x[i], &rounded[i]);
+  nt_multiply(&random.matrix, rounded.data(), product.data(), kBFloat16, tokens, 2);
+  nt_to_dense(&random.matrix, weights.data(), kBFloat16, 2);
   for (int64_t token = 0; token < tokens; ++token)
     for (int64_t row = 0; row < rows; ++row) {
       double expected = 0;
@@ -83,9 +90,9 @@ template <typename V> void check(Type type, int64_t rows, int64_t columns, doubl
     }
 }
 
-// One token through a small network, for the sanitizers alone: test_compress.py compares the numbers.
-template <typename C> void decode_once(Type type, Type cache_type) {
-  constexpr int64_t hidden = 48, inner = 50, heads = 3, depth = 2, layers = 1 + heads * depth, capacity = 21;
+// A few tokens of two texts through a small network, for the sanitizers alone: test_compress.py compares the numbers.
+template <typename C> void decode_some(Type type, Type cache_type) {
+  constexpr int64_t hidden = 48, inner = 50, heads = 3, depth = 2, layers = 1 + heads * depth, capacity = 21, texts = 2, length = 3;
   std::vector<Random<int8_t>> int8;
   std::vector<Random<BFloat16>> bfloat16;
   int8.reserve(7 * layers), bfloat16.reserve(7 * layers);
@@ -93,9 +100,9 @@ template <typename C> void decode_once(Type type, Type cache_type) {
     if (type == kInt8) return int8.emplace_back(rows, columns, 0.3, true, type).matrix;
     return bfloat16.emplace_back(rows, columns, 0.3, true, type).matrix;
   };
-  const std::vector<float> norm(hidden, 1), turn(16, 0.5f), stem(hidden, 0.1f);
+  const std::vector<float> norm(hidden, 1), turn(texts * length * 16, 0.5f), stems(texts * length * hidden, 0.1f);
   std::vector<NtLayer> plan_layers;
-  std::vector<std::vector<C>> caches(2 * layers, std::vector<C>(1 * capacity * 16));
+  std::vector<std::vector<C>> caches(2 * layers, std::vector<C>(texts * capacity * 16));
   std::vector<void*> keys, values;
   for (int64_t i = 0; i < layers; ++i) {
     plan_layers.push_back({matrix(48, hidden), matrix(16, hidden), matrix(16, hidden), matrix(hidden, 48),
@@ -104,11 +111,15 @@ template <typename C> void decode_once(Type type, Type cache_type) {
     keys.push_back(caches[2 * i].data()), values.push_back(caches[2 * i + 1].data());
   }
   const std::vector<const float*> norms(heads, norm.data());
-  const NtPlan plan = {hidden, inner, 3, 1, 16, 1, heads, depth, plan_layers.data(), norms.data(), 1e-6f, 0.25f};
-  std::vector<float> out(heads * hidden);
-  for (int64_t position = 0; position < capacity; ++position)
-    nt_decode(&plan, stem.data(), keys.data(), values.data(), cache_type, capacity, position, turn.data(), turn.data(),
-              out.data(), 2);
+  const NtPlan plan = {hidden, inner, 3, 1, 16, 1, heads, depth, plan_layers.data(), norms.data(), 1e-6f, 0.25f,
+                       cache_type == kBFloat16};
+  const int64_t starts[texts] = {0, 2};
+  std::vector<float> out(heads * texts * length * hidden);
+  for (int64_t filled = 3; filled + length <= capacity; filled += length) {
+    const NtTokens tokens = {texts,  length, keys.data(), values.data(), capacity,
+                             filled, starts, turn.data(), turn.data(),   cache_type};
+    nt_decode(&plan, &tokens, stems.data(), out.data(), 2);
+  }
   for (const float value : out)
     if (!std::isfinite(value)) std::printf("decoding: %g\n", value), std::exit(1);
 }
@@ -128,8 +139,8 @@ int main() {
         products += 4;
       }
   for (const Type type : {kBFloat16, kInt8}) {
-    decode_once<BFloat16>(type, kBFloat16);
-    decode_once<float>(type, kFloat32);
+    decode_some<BFloat16>(type, kBFloat16);
+    decode_some<float>(type, kFloat32);
   }
   std::printf("%d products\n", products);
 }

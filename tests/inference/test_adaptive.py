@@ -93,6 +93,7 @@ def test_always_is_the_full_vote_and_never_the_first_head(make_model, fields, ac
 
 @pytest.mark.parametrize("mask", [MASK[:1], MASK, LEFT_PADDED], ids=["one", "batch", "left padding"])
 @pytest.mark.parametrize(("measure", "do_sample"), [("margin", False), ("entropy", True)])
+@pytest.mark.usefixtures("kernels_multiply")
 def test_between_it_votes_where_the_first_head_is_unsure(make_model, mask, measure, do_sample) -> None:
     model = make_model()
     torch.manual_seed(0)
@@ -103,7 +104,7 @@ def test_between_it_votes_where_the_first_head_is_unsure(make_model, mask, measu
         with AdaptiveVoting(adaptive, threshold, measure) as voting:
             generated = generate(adaptive, mask, do_sample=do_sample)
         layers = generated.past_key_values.layers
-        kernels_decode = adaptive is not plain and len(mask) == 1
+        kernels_decode = adaptive is not plain
         assert all(isinstance(layer, GrowingLayer) == kernels_decode for layer in layers[:-1])
         assert 0 < voting.share < 1
         assert_as_the_reference(model, adaptive, mask, voting, generated)

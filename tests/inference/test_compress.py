@@ -57,6 +57,23 @@ def test_other_ways_of_generating(make_model, options) -> None:
     assert torch.equal(generate(compressed, **options).sequences, generate(model, **options).sequences)
 
 
+@pytest.mark.usefixtures("kernels_multiply")
+def test_several_tokens_of_padded_texts_are_decoded_in_one_call(make_model) -> None:
+    model = make_model()
+    compressed = compress(copy.deepcopy(model), "fp32")
+    mask = MASK.clone()
+    mask[0, :2] = 0
+    with torch.no_grad():
+        prompt = {"input_ids": TOKENS[:, :4], "attention_mask": mask[:, :4]}
+        caches = [network(**prompt).past_key_values for network in (model, compressed)]
+        expected, logits = (
+            network(TOKENS[:, 4:], attention_mask=mask, past_key_values=cache).logits
+            for network, cache in zip((model, compressed), caches, strict=True)
+        )
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(caches[1].layers[0], GrowingLayer)
+
+
 def test_left_padding(make_model) -> None:
     model = make_model()
     compressed = compress(copy.deepcopy(model), "fp32")
@@ -208,6 +225,15 @@ class TestMistakes:
     def test_twice(self, make_model) -> None:
         with pytest.raises(ValueError, match=r"compressed already"):
             compress(compress(make_model()))
+
+    @pytest.mark.parametrize("values", ["bf16", "int8"])
+    def test_another_dtype_afterwards(self, make_model, values) -> None:
+        compressed = compress(make_model(), values)
+        with pytest.raises(ValueError, match=r"torch.float16 on cpu: compressed layers keep .*dequantize"):
+            compressed.to(torch.float16)
+        unchanged = compress(make_model(), values)
+        expected = generate(unchanged).sequences
+        assert torch.equal(generate(unchanged.to("cpu")).sequences, expected)
 
     def test_another_device(self, make_model) -> None:
         with pytest.raises(ValueError, match=r"device meta"):

@@ -65,6 +65,29 @@ def test_products_equal_those_of_the_dense_matrix(
                     torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
+@pytest.mark.parametrize("values", get_args(Values))
+def test_products_with_bfloat16_activations(
+    instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", instruction_set)
+    for rows, columns in SHAPES:
+        for density in (0, 0.2, 0.9):
+            matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values)
+            kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
+            for tokens in (1, 2, 7, 16, 17, 33, 130):
+                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+                expected = (x.double() @ dense.T).float()
+                y = kernel.multiply(x)
+                assert y.dtype == torch.bfloat16
+                # Rounding of the result; int8 values take activations as 16 bits of the largest.
+                steps = x.abs().max() * dense.abs().sum(1).max() / 2**16 if values == "int8" else 0
+                torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=float(steps) + 2e-5)
+                torch.testing.assert_close(
+                    products._multiply_dense(kernel, x).float(), expected, rtol=2**-6, atol=1e-4
+                )
+
+
 @pytest.mark.parametrize("values", get_args(Values))
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_shows_in_the_product(values: Values, special: float) -> None:
@@ -172,7 +195,7 @@ class TestMistakes:
 
     def test_unknown_instruction_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", "mmx")
-        with pytest.raises(ValueError, match=r"NT_TRANSFORMERS_INSTRUCTION_SET='mmx': choose from avx512, avx2"):
+        with pytest.raises(ValueError, match=r"NT_TRANSFORMERS_INSTRUCTION_SET='mmx': choose from avx512_bf16"):
             native.instruction_set()
 
     @pytest.mark.parametrize("part", ["bitmap", "values", "scales"])

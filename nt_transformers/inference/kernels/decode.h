@@ -1,6 +1,6 @@
 // Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 //
-// The next token through all decoder layers of a LLaMA with ensemble heads, in one parallel region.
+// A few tokens through all decoder layers of a LLaMA with ensemble heads, in one parallel region.
 
 #pragma once
 
@@ -14,32 +14,32 @@ struct NtLayer {
   const float *attention_norm, *mlp_norm;  // [hidden]
 };
 
-// The decoder layers that make one token: a backbone, then heads of equal depth on its result.
+// Decoder layers: a backbone, then heads of equal depth on its result.
 struct NtPlan {
   int64_t hidden, intermediate, attention_heads, key_value_heads, head_size;
   int64_t backbone_depth, heads, head_depth;
   const NtLayer* layers;      // the backbone's, then those of each head
   const float* const* norms;  // [heads], final; null for none
   float epsilon, scaling;
+  int32_t rounds;  // whether activations are those of a bfloat16 model
+};
+
+// New tokens of some texts, of equal number in each.
+struct NtTokens {
+  int64_t texts, length;
+  // For each layer [texts, key_value_heads, capacity, head_size] in bfloat16 (`type` 0) or float32 (2), of which
+  // `filled` entries are there; from `starts` [texts] on, they are no padding.
+  void* const* keys;
+  void* const* values;
+  int64_t capacity, filled;
+  const int64_t* starts;
+  const float *cosine, *sine;  // [texts * length, head_size]
+  int32_t type;
 };
 
 }  // extern "C"
 
 namespace {
-
-// Sixteen numbers of a key-value cache.
-inline Lanes load_lanes(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-inline Lanes load_lanes(const BFloat16* from) {
-  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  return reinterpret_cast<Lanes>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
-}
-inline void store(float value, float* to) { *to = value; }
-inline void store(float value, BFloat16* to) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  to->bits = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 inline float total(Lanes lanes) {
   typedef float Half __attribute__((vector_size(32)));
@@ -129,118 +129,133 @@ void swiglu(const float* gate, const float* up, int64_t size, float* out) {
   }
 }
 
-// Where one token's activations live between the phases, for each of `streams` networks side by side.
-struct Activations {
-  int64_t stride;
-  Buffer query, key, value, attention, gate, up;
-  Activations(const NtPlan& p, int64_t streams)
-      : stride((std::max({p.hidden, p.intermediate, p.attention_heads * p.head_size}) + kBits - 1) / kBits * kBits),
-        query(streams * stride), key(streams * stride), value(streams * stride), attention(streams * stride),
-        gate(streams * stride), up(streams * stride) {}
-};
+// Decoding of some tokens: `layer` and what it calls run in a team of threads. C: type of the cache, X: of activations.
+//
+// Activations are [streams, tokens, stride]; streams are the heads, which run side by side, or the backbone alone.
+template <typename C, typename X> class Decoding {
+ public:
+  Decoding(const NtPlan& plan, const NtTokens& tokens)
+      : p_(plan), t_(tokens), count_(tokens.texts * tokens.length), inner_(plan.attention_heads * plan.head_size),
+        stride_(round_up(std::max({plan.hidden, plan.intermediate, inner_}), kBits)), all_(plan.heads * count_),
+        input_(stride_, all_), hidden_(all_ * stride_), query_(all_ * stride_), key_(all_ * stride_),
+        value_(all_ * stride_), gate_(all_ * stride_), up_(all_ * stride_) {}
 
-// What each thread works with: all of them prepare the inputs of products, each for itself.
-struct Scratch {
-  Buffer x, scores;
-  Input input;
-  Scratch(int64_t width, int64_t length) : x(width), scores(round_up(length, kLanes)), input(width) {}
-};
-
-// One layer of all streams; `layers[s * apart]` belongs to stream s, as do slots `slot + s * apart` of the cache. The
-// matrices that share an input have the same type of values.
-template <typename C>
-void decode_layer(const NtPlan& p, int64_t streams, const NtLayer* layers, int64_t apart, C* const* keys,
-                  C* const* values, int64_t capacity, int64_t position, const float* cosine, const float* sine,
-                  Activations& act, float* hidden, Scratch& scratch) {
-  const int64_t size = p.head_size, group = p.attention_heads / p.key_value_heads;
-  Input& input = scratch.input;
-  for (int64_t s = 0; s < streams; ++s) {
-    const NtLayer& layer = layers[s * apart];
-    const int64_t base = s * act.stride;
-    normalize(hidden + base, layer.attention_norm, p.hidden, p.epsilon, scratch.x.data());
-    input.set(layer.query.type, scratch.x.data(), p.hidden);
-    each_row(layer.query, input, [&](int64_t row, float value) { act.query.data()[base + row] = value; });
-    each_row(layer.key, input, [&](int64_t row, float value) { act.key.data()[base + row] = value; });
-    each_row(layer.value, input, [&](int64_t row, float value) { act.value.data()[base + row] = value; });
-  }
-#pragma omp barrier
-#pragma omp for schedule(static)
-  for (int64_t job = 0; job < streams * p.key_value_heads; ++job) {
-    const int64_t s = job / p.key_value_heads, head = job % p.key_value_heads;
-    C* const key = keys[s * apart] + head * capacity * size;
-    C* const value = values[s * apart] + head * capacity * size;
-    alignas(64) float turned[512];
-    rotate(act.key.data() + s * act.stride + head * size, cosine, sine, size, turned);
-    for (int64_t i = 0; i < size; ++i) {
-      store(turned[i], key + position * size + i);
-      store(act.value.data()[s * act.stride + head * size + i], value + position * size + i);
-    }
-    for (int64_t q = head * group; q < (head + 1) * group; ++q) {
-      rotate(act.query.data() + s * act.stride + q * size, cosine, sine, size, turned);
-      attend(turned, key, value, position + 1, size, p.scaling, scratch.scores.data(),
-             act.attention.data() + s * act.stride + q * size);
-    }
-  }
-  for (int64_t s = 0; s < streams; ++s) {
-    const int64_t base = s * act.stride;
-    const NtMatrix& output = layers[s * apart].output;
-    input.set(output.type, act.attention.data() + base, output.columns);
-    each_row(output, input, [&](int64_t row, float value) { hidden[base + row] += value; });
-  }
-#pragma omp barrier
-  for (int64_t s = 0; s < streams; ++s) {
-    const NtLayer& layer = layers[s * apart];
-    const int64_t base = s * act.stride;
-    normalize(hidden + base, layer.mlp_norm, p.hidden, p.epsilon, scratch.x.data());
-    input.set(layer.gate.type, scratch.x.data(), p.hidden);
-    each_row(layer.gate, input, [&](int64_t row, float value) { act.gate.data()[base + row] = value; });
-    each_row(layer.up, input, [&](int64_t row, float value) { act.up.data()[base + row] = value; });
-  }
-#pragma omp barrier
-  for (int64_t s = 0; s < streams; ++s) {
-    const int64_t base = s * act.stride;
-    const NtMatrix& down = layers[s * apart].down;
-    swiglu(act.gate.data() + base, act.up.data() + base, p.intermediate, scratch.x.data());
-    input.set(down.type, scratch.x.data(), p.intermediate);
-    each_row(down, input, [&](int64_t row, float value) { hidden[base + row] += value; });
-  }
-#pragma omp barrier
-}
-
-template <typename C>
-void decode(const NtPlan& p, const float* stems, void* const* keys, void* const* values, int64_t capacity,
-            int64_t position, const float* cosine, const float* sine, float* out) {
-  Activations act(p, p.heads);
-  Buffer hidden(p.heads * act.stride);
-  std::memset(hidden.data(), 0, sizeof(float) * p.heads * act.stride);
-  const int64_t streams = p.backbone_depth ? 1 : p.heads;
-  for (int64_t s = 0; s < streams; ++s)
-    std::memcpy(hidden.data() + s * act.stride, stems + s * p.hidden, sizeof(float) * p.hidden);
-  C* const* key_slots = reinterpret_cast<C* const*>(keys);
-  C* const* value_slots = reinterpret_cast<C* const*>(values);
+  // stems [streams, tokens, hidden] to out [heads, tokens, hidden].
+  void run(const float* stems, float* out) {
+    const int64_t streams = p_.backbone_depth ? 1 : p_.heads;
+    for (int64_t i = 0; i < streams * count_; ++i)
+      std::memcpy(at(hidden_, i), stems + i * p_.hidden, sizeof(float) * p_.hidden);
 #pragma omp parallel
-  {
-    Scratch scratch(act.stride, position + 1);
-    const auto layer = [&](int64_t streams_, int64_t slot, int64_t apart) {
-      decode_layer(p, streams_, p.layers + slot, apart, key_slots + slot, value_slots + slot, capacity, position,
-                   cosine, sine, act, hidden.data(), scratch);
-    };
-    for (int64_t i = 0; i < p.backbone_depth; ++i) layer(1, i, 0);
-    if (p.backbone_depth) {
+    {
+      Scratch scratch(stride_, t_.filled + t_.length);
+      for (int64_t i = 0; i < p_.backbone_depth; ++i) layer(1, i, 0, scratch);
+      if (p_.backbone_depth) {
 #pragma omp for schedule(static)
-      for (int64_t head = 1; head < p.heads; ++head)
-        std::memcpy(hidden.data() + head * act.stride, hidden.data(), sizeof(float) * p.hidden);
+        for (int64_t i = count_; i < all_; ++i)
+          std::memcpy(at(hidden_, i), at(hidden_, i % count_), sizeof(float) * p_.hidden);
+      }
+      for (int64_t i = 0; i < p_.head_depth; ++i) layer(p_.heads, p_.backbone_depth + i, p_.head_depth, scratch);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < all_; ++i) {
+        if (const float* norm = p_.norms[i / count_])
+          normalize(at(hidden_, i), norm, p_.hidden, p_.epsilon, out + i * p_.hidden);
+        else
+          std::memcpy(out + i * p_.hidden, at(hidden_, i), sizeof(float) * p_.hidden);
+      }
     }
-    for (int64_t i = 0; i < p.head_depth; ++i) layer(p.heads, p.backbone_depth + i, p.head_depth);
   }
-  for (int64_t head = 0; head < p.heads; ++head) {
-    const float* const result = hidden.data() + head * act.stride;
-    if (p.norms[head])
-      normalize(result, p.norms[head], p.hidden, p.epsilon, out + head * p.hidden);
-    else
-      std::memcpy(out + head * p.hidden, result, sizeof(float) * p.hidden);
+
+ private:
+  struct Scratch {
+    Buffer x, turned, scores;
+    Scratch(int64_t stride, int64_t length) : x(stride), turned(stride), scores(length + kLanes) {}
+  };
+
+  float* at(Buffer& activations, int64_t index) const { return activations.data() + index * stride_; }
+
+  // The inputs of products with `matrix`, which `fill(stream, index, x)` computes.
+  template <typename Fill>
+  void prepare(const NtMatrix& matrix, int64_t streams, Scratch& scratch, Fill&& fill) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < streams * count_; ++i) {
+      fill(i / count_, i, scratch.x.data());
+      input_.template set<X>(matrix.type, i, scratch.x.data(), matrix.columns);
+    }
   }
-}
+
+  // Calls `take(output, value)` for each number in `out` that belongs to a product of `matrix` with a stream.
+  template <typename Take> void multiply(const NtMatrix& matrix, int64_t stream, Buffer& out, Take&& take) {
+    const int64_t first = stream * count_;
+    each_row<X>(matrix, input_, first, count_,
+                [&](int64_t row, int64_t token, float value) { take(at(out, first + token)[row], value); });
+  }
+
+  // A layer of each stream: number `slot` of the plan for the first one, `apart` further on for each other.
+  void layer(int64_t streams, int64_t slot, int64_t apart, Scratch& scratch) {
+    const NtLayer* layers = p_.layers + slot;
+    const auto set = [](float& out, float value) { out = value; };
+    const auto add = [](float& out, float value) { out += value; };
+    const auto norm = [&](const float* weight, int64_t i, float* x) {
+      normalize(at(hidden_, i), weight, p_.hidden, p_.epsilon, x);
+    };
+    prepare(layers->query, streams, scratch,
+            [&](int64_t s, int64_t i, float* x) { norm(layers[s * apart].attention_norm, i, x); });
+    for (int64_t s = 0; s < streams; ++s) {
+      multiply(layers[s * apart].query, s, query_, set);
+      multiply(layers[s * apart].key, s, key_, set);
+      multiply(layers[s * apart].value, s, value_, set);
+    }
+#pragma omp barrier
+#pragma omp for collapse(3) schedule(static)
+    for (int64_t s = 0; s < streams; ++s)
+      for (int64_t text = 0; text < t_.texts; ++text)
+        for (int64_t head = 0; head < p_.key_value_heads; ++head) attention(slot + s * apart, s, text, head, scratch);
+    prepare(layers->output, streams, scratch,
+            [&](int64_t, int64_t i, float* x) { std::memcpy(x, at(query_, i), sizeof(float) * inner_); });
+    for (int64_t s = 0; s < streams; ++s) multiply(layers[s * apart].output, s, hidden_, add);
+#pragma omp barrier
+    prepare(layers->gate, streams, scratch,
+            [&](int64_t s, int64_t i, float* x) { norm(layers[s * apart].mlp_norm, i, x); });
+    for (int64_t s = 0; s < streams; ++s) {
+      multiply(layers[s * apart].gate, s, gate_, set);
+      multiply(layers[s * apart].up, s, up_, set);
+    }
+#pragma omp barrier
+    prepare(layers->down, streams, scratch,
+            [&](int64_t, int64_t i, float* x) { swiglu(at(gate_, i), at(up_, i), p_.intermediate, x); });
+    for (int64_t s = 0; s < streams; ++s) multiply(layers[s * apart].down, s, hidden_, add);
+#pragma omp barrier
+  }
+
+  // The new tokens of a text with one head of its keys and values, which they are added to; in place of the queries.
+  void attention(int64_t slot, int64_t stream, int64_t text, int64_t head, Scratch& scratch) {
+    const int64_t size = p_.head_size, group = p_.attention_heads / p_.key_value_heads;
+    const int64_t entries = (text * p_.key_value_heads + head) * t_.capacity, start = t_.starts[text];
+    C* const keys = static_cast<C*>(t_.keys[slot]) + entries * size;
+    C* const values = static_cast<C*>(t_.values[slot]) + entries * size;
+    float* const turned = scratch.turned.data();
+    for (int64_t n = 0; n < t_.length; ++n) {
+      const int64_t token = text * t_.length + n, index = stream * count_ + token, entry = t_.filled + n;
+      const float *cosine = t_.cosine + token * size, *sine = t_.sine + token * size;
+      rotate(at(key_, index) + head * size, cosine, sine, size, turned);
+      for (int64_t i = 0; i < size; ++i) {
+        store(turned[i], keys + entry * size + i);
+        store(at(value_, index)[head * size + i], values + entry * size + i);
+      }
+      for (int64_t q = head * group; q < (head + 1) * group; ++q) {
+        float* const query = at(query_, index) + q * size;
+        rotate(query, cosine, sine, size, turned);
+        attend(turned, keys + start * size, values + start * size, entry + 1 - start, size, p_.scaling,
+               scratch.scores.data(), query);
+      }
+    }
+  }
+
+  const NtPlan& p_;
+  const NtTokens& t_;
+  const int64_t count_, inner_, stride_, all_;
+  Input input_;
+  Buffer hidden_, query_, key_, value_, gate_, up_;
+};
 
 }  // namespace
-

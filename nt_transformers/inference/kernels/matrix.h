@@ -17,9 +17,11 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX512VBMI2__) && defined(__AVX512VBMI__) && defined(__AVX512VPOPCNTDQ__) && defined(__AVX512BW__) && \
-    defined(__AVX512BITALG__) && defined(__AVX512VNNI__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #define NT_AVX512 1
+#if defined(__AVX512BF16__)
+#define NT_BF16 1
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define NT_AVX2 1
 #endif
@@ -83,9 +85,27 @@ inline float to_float(Float16 value) {
 #endif
 }
 
+inline BFloat16 to_bfloat16(float value) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, BFloat16* to) { *to = to_bfloat16(value); }
+inline void copy(BFloat16 value, BFloat16* to) { *to = value; }
+template <typename V> void copy(V value, float* to) { *to = to_float(value); }
+
 // Sixteen float32, in one register or several.
 typedef float Lanes __attribute__((vector_size(64), may_alias));
 constexpr int64_t kLanes = 16;
+inline Lanes load_lanes(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+inline Lanes load_lanes(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return reinterpret_cast<Lanes>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+}
+inline void store_lanes(Lanes lanes, float* to) { *reinterpret_cast<Lanes*>(to) = lanes; }
 
 int64_t words_per_row(int64_t columns) { return (columns + kBits - 1) / kBits; }
 int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }

@@ -1,175 +1,206 @@
 // Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 //
-// One token: y = A x.
+// Few tokens: y = A x, as dot products of the rows of A with each token.
 //
-// - AVX-512 (of Ice Lake, Zen 4 and later) spreads the values over their columns by a permutation that it computes
-//   from the bits (vpexpand does so in one instruction, which takes Zen 4 five cycles and more between others);
+// - AVX-512 (of Ice Lake, Zen 4 and later) expands 32 or 64 columns at once by the bits themselves;
 // - AVX2 expands 8 columns by a permutation looked up by the 8 bits;
 // - anything else walks over the set bits.
+//
+// Activations are float32, or come from a model that rounds them to bfloat16: then bfloat16 values are multiplied by
+// the processor's bfloat16 products if it has them, and int8 values with 16 bits of an activation in place of 24.
 
 #pragma once
+
+#include <vector>
 
 #include "matrix.h"
 
 namespace {
 
+template <int N> using Constant = std::integral_constant<int, N>;
+
 constexpr int64_t kPrefetch = 4096;  // bytes ahead; shorter leaves bandwidth unused
 constexpr int64_t kInputStep = 64;   // columns that inputs are padded to
 
-// A vector x as the products read it: float32, or fixed-point digits where the values are multiplied as integers.
+// Bytes of an activation that int8 values are multiplied with.
+template <typename X> constexpr int kDigits = std::is_same_v<X, BFloat16> ? 2 : 3;
+
+// Some of the tokens of an `Input`.
+struct Tokens {
+  const float* data;
+  int64_t stride;
+  const float* scales;
+
+  const float* floats(int64_t token) const { return data + token * stride; }
+  const uint16_t* rounded(int64_t token) const { return reinterpret_cast<const uint16_t*>(floats(token)); }
+  const uint8_t* digits(int64_t token) const { return reinterpret_cast<const uint8_t*>(floats(token)); }
+  float scale(int64_t token) const { return scales[token]; }
+};
+
+// Vectors x of a few tokens as the products read them: float32, bfloat16, or fixed-point digits where the values are
+// multiplied as integers.
 class Input {
  public:
-  // Room for so many columns.
-  explicit Input(int64_t columns) : data_(round_up(columns, kInputStep)) {}
+  // Room for so many columns of so many tokens.
+  Input(int64_t columns, int64_t tokens)
+      : stride_(round_up(columns, kInputStep)), data_(tokens * stride_), scales_(tokens) {}
 
-  // Takes x [columns] for matrices of the given type of values.
-  void set(int32_t type, const float* x, int64_t columns) {
-    std::memcpy(data_.data(), x, sizeof(float) * columns);
-    std::memset(data_.data() + columns, 0, sizeof(float) * (round_up(columns, kInputStep) - columns));
+  // Takes a token's x [columns], of activations of type X, for matrices with values of the given type.
+  template <typename X, typename From> void set([[maybe_unused]] int32_t type, int64_t token, const From* x, int64_t columns) {
+    float* to = data_.data() + token * stride_;
+    const int64_t padded = round_up(columns, kInputStep);
+    for (int64_t i = 0; i < columns; ++i) to[i] = to_float(x[i]);
+    std::memset(to + columns, 0, sizeof(float) * (padded - columns));
 #if NT_AVX512
-    if (type == kInt8) to_digits(columns);
+    if (type == kInt8) scales_[token] = to_digits<kDigits<X>>(to, padded);
+#endif
+#if NT_BF16
+    if (type == kBFloat16 && std::is_same_v<X, BFloat16>) round(to, padded);
 #endif
   }
-  const float* floats() const { return data_.data(); }
-
-#if NT_AVX512
-  const uint8_t* digits() const { return reinterpret_cast<const uint8_t*>(data_.data()); }
-  float scale() const { return scale_; }
-#endif
+  Tokens from(int64_t token) const { return {data_.data() + token * stride_, stride_, scales_.data() + token}; }
 
  private:
+  int64_t stride_;
   Buffer data_;
+  std::vector<float> scales_;
 
 #if NT_AVX512
-  static constexpr float kLargest = 0x7ffff0;  // below 2^23 by what a product may be rounded up
-  float scale_ = 0;
-
-  // In place: three bytes for each column, of x / scale rounded to a whole number plus 2^23. Blocks of 64 columns hold
-  // the 64 lowest bytes, the middle, the highest, each in the order 0, 8, .. 56, 1, 9, ..
-  void to_digits(int64_t columns) {
-    float largest = 0, not_finite = 0;
+  // In place: `Digits` bytes for each column, of x / scale rounded to a whole number plus half their range. Blocks of 64
+  // columns hold the 64 lowest bytes, then the next. Returns the scale.
+  template <int Digits> static float to_digits(float* x, int64_t columns) {
+    constexpr int middle = 1 << (8 * Digits - 1);
+    constexpr float most = middle * (1 - 0x1p-15f);  // less than `middle` by what a product may be rounded up
+    __m512 largest = _mm512_setzero_ps(), not_finite = _mm512_setzero_ps();
     for (int64_t i = 0; i < columns; i += kLanes) {
-      const __m512 part = _mm512_load_ps(data_.data() + i);
-      largest = std::max(largest, _mm512_reduce_max_ps(_mm512_abs_ps(part)));
-      not_finite += _mm512_reduce_add_ps(_mm512_mul_ps(part, _mm512_setzero_ps()));
+      const __m512 part = _mm512_load_ps(x + i);
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(part));
+      not_finite = _mm512_fmadd_ps(part, _mm512_setzero_ps(), not_finite);
     }
-    // What is not finite makes all products NaN.
-    scale_ = largest / kLargest + not_finite;
-    const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? kLargest / largest : 0);
-    alignas(64) static const auto transposed = [] {
-      struct { uint8_t order[64]; } table{};
-      for (int i = 0; i < 64; ++i) table.order[i] = static_cast<uint8_t>(8 * (i % 8) + i / 8);
-      return table;
-    }();
-    const __m512i order = _mm512_load_si512(transposed.order);
-    uint8_t* out = reinterpret_cast<uint8_t*>(data_.data());
+    const float end = _mm512_reduce_max_ps(largest);
+    const __m512 inverse = _mm512_set1_ps(end > 1e-30f ? most / end : 0);
+    uint8_t* out = reinterpret_cast<uint8_t*>(x);
     for (int64_t block = 0; block < columns; block += 64) {
       __m512i numbers[4];
       for (int part = 0; part < 4; ++part) {
-        const __m512 x = _mm512_load_ps(data_.data() + block + 16 * part);
-        numbers[part] = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), _mm512_set1_epi32(1 << 23));
+        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(x + block + 16 * part), inverse);
+        numbers[part] = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(middle));
       }
-      // Three bytes for four: what is written was read before.
-      for (int digit = 0; digit < 3; ++digit, out += 64) {
-        alignas(64) uint8_t bytes[64];
+      // Fewer bytes than they were: what is written was read before.
+      for (int digit = 0; digit < Digits; ++digit, out += 64)
         for (int part = 0; part < 4; ++part) {
-          const __m512i shifted = _mm512_srli_epi32(numbers[part], 8 * digit);
-          _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * part), _mm512_cvtepi32_epi8(shifted));
+          const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_srli_epi32(numbers[part], 8 * digit));
+          _mm_store_si128(reinterpret_cast<__m128i*>(out + 16 * part), bytes);
         }
-        _mm512_store_si512(out, _mm512_permutexvar_epi8(order, _mm512_load_si512(bytes)));
-      }
+    }
+    // What is not finite makes all products NaN.
+    return end / most + _mm512_reduce_add_ps(not_finite);
+  }
+#endif
+
+#if NT_BF16
+  // In place.
+  static void round(float* x, int64_t columns) {
+    uint16_t* out = reinterpret_cast<uint16_t*>(x);
+    for (int64_t i = 0; i < columns; i += 32) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_load_ps(x + i + 16), _mm512_load_ps(x + i));
+      _mm512_store_si512(out + i, reinterpret_cast<__m512i>(both));
     }
   }
 #endif
 };
 
-// A `Dot<V>` adds up one row, as many columns at a time as there are in its `Bits`.
+// A `Dot<V, X, T>` adds up one row for T tokens, as many columns at a time as there are in its `Bits`.
 
 #if NT_AVX512
 
-// Lane j of half h: how many weights exist before column 16 h + j, which is where the value of that column stands.
-inline __m512i positions(uint32_t bits, int half) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32(16 * half));
-  const __m512i below = _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), column), _mm512_set1_epi32(1));
-  return _mm512_popcnt_epi32(_mm512_and_si512(_mm512_set1_epi32(static_cast<int>(bits)), below));
+// The values of 32 or 64 columns, 0 where no weight exists. Zen 4's instructions wait for their destination, also where
+// they only clear it; here that is a zero that nothing has to be waited for, which makes them three times as quick.
+inline __m512i expand(uint32_t bits, const uint16_t* values) {
+  __m512i spread = _mm512_setzero_si512();
+  asm("vpexpandw %2, %0 %{%1%}" : "+v"(spread) : "Yk"(static_cast<__mmask32>(bits)), "m"(*reinterpret_cast<const __m512i_u*>(values)));
+  return spread;
+}
+inline __m512i expand(uint64_t bits, const int8_t* values) {
+  __m512i spread = _mm512_setzero_si512();
+  asm("vpexpandb %2, %0 %{%1%}" : "+v"(spread) : "Yk"(static_cast<__mmask64>(bits)), "m"(*reinterpret_cast<const __m512i_u*>(values)));
+  return spread;
 }
 
-// The values of both halves of 32 columns as float32, anything where no weight exists.
+// The same of 32 columns as float32.
 inline void spread(uint32_t bits, const BFloat16* values, __m512* halves) {
-  // Both halves at once: the lower 16 bits count in even lanes, the upper ones in odd lanes.
-  const __m512i bit = _mm512_setr_epi32(0x10001, 0x20002, 0x40004, 0x80008, 0x100010, 0x200020, 0x400040, 0x800080,
-                                        0x1000100, 0x2000200, 0x4000400, 0x8000800, 0x10001000, 0x20002000, 0x40004000,
-                                        static_cast<int>(0x80008000));
-  const __m512i below = _mm512_sub_epi16(bit, _mm512_set1_epi16(1));
-  const __m512i places = _mm512_popcnt_epi16(_mm512_and_si512(_mm512_set1_epi32(static_cast<int>(bits)), below));
-  const auto load = [](const BFloat16* from) {
-    return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  };
-  // A bfloat16 is the upper half of a float32.
-  constexpr __mmask32 upper = 0xaaaaaaaa;
-  const __m512i first = _mm512_maskz_permutexvar_epi16(upper, _mm512_slli_epi32(places, 16), load(values));
-  const __m512i second =
-      _mm512_maskz_permutexvar_epi16(upper, places, load(values + __builtin_popcount(bits & 0xffff)));
-  halves[0] = _mm512_castsi512_ps(first);
-  halves[1] = _mm512_castsi512_ps(second);
-}
-inline void spread(uint32_t bits, const Float16* values, __m512* halves) {
+  const __m512i all = expand(bits, &values->bits);
   for (int half = 0; half < 2; ++half) {
-    const __m512i spread = _mm512_permutexvar_epi16(positions(bits, half), _mm512_loadu_si512(values));
-    halves[half] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(spread));
+    const __m256i part = half ? _mm512_extracti64x4_epi64(all, 1) : _mm512_castsi512_si256(all);
+    halves[half] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
   }
 }
+inline void spread(uint32_t bits, const Float16* values, __m512* halves) {
+  const __m512i all = expand(bits, &values->bits);
+  halves[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(all));
+  halves[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(all, 1));
+}
 inline void spread(uint32_t bits, const float* values, __m512* halves) {
-  halves[0] = _mm512_permutexvar_ps(positions(bits, 0), _mm512_loadu_ps(values));
-  values += __builtin_popcount(bits & 0xffff);
-  halves[1] = _mm512_permutexvar_ps(positions(bits >> 16, 0), _mm512_loadu_ps(values));
+  for (int half = 0; half < 2; ++half) {
+    const __mmask16 exists = static_cast<__mmask16>(bits >> 16 * half);
+    halves[half] = _mm512_maskz_expand_ps(exists, _mm512_loadu_ps(values));
+    values += __builtin_popcount(exists);
+  }
 }
 
-template <typename V> struct Dot {
+template <typename V, typename X, int T> struct Dot {
   using Bits = uint32_t;
-  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  void add(Bits bits, const V* values, const Input& x, int64_t column) {
+  static constexpr int chains = T <= 2 ? 2 : 1;  // enough independent sums to hide the latency of an addition
+  __m512 sums[T][chains] = {};
+  void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
     __m512 halves[2];
     spread(bits, values, halves);
     for (int half = 0; half < 2; ++half) {
       const __mmask16 exists = static_cast<__mmask16>(bits >> 16 * half);
-      const __m512 inputs = _mm512_load_ps(x.floats() + column + 16 * half);
-      sums[half] = _mm512_mask3_fmadd_ps(halves[half], inputs, sums[half], exists);
+      for (int t = 0; t < T; ++t) {
+        __m512& sum = sums[t][half % chains];
+        sum = _mm512_mask3_fmadd_ps(halves[half], _mm512_load_ps(x.floats(t) + column + 16 * half), sum, exists);
+      }
     }
   }
-  float total(const NtMatrix&, int64_t, const Input&) const {
-    return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+  float total(int t, const NtMatrix&, int64_t, const Tokens&) const {
+    return _mm512_reduce_add_ps(chains == 2 ? _mm512_add_ps(sums[t][0], sums[t][1]) : sums[t][0]);
   }
 };
 
-// Integer products with the three digits of x. No sum overflows below a million columns.
-template <> struct Dot<int8_t> {
-  using Bits = uint64_t;
-  __m512i sums[3] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-  void add(Bits bits, const int8_t* values, const Input& x, int64_t column) {
-    // Byte 8 j + b stands for column 8 b + j: broadcasting the bits puts each byte of them where it is needed.
-    const __m512i bit = _mm512_setr_epi64(0x0101010101010101, 0x0202020202020202, 0x0404040404040404,
-                                          0x0808080808080808, 0x1010101010101010, 0x2020202020202020,
-                                          0x4040404040404040, static_cast<int64_t>(0x8080808080808080));
-    const __m512i below = _mm512_sub_epi8(bit, _mm512_set1_epi8(1));
-    // Byte b: how many weights exist in the b groups of 8 columns before.
-    uint64_t counts = bits - (bits >> 1 & 0x5555555555555555);
-    counts = (counts & 0x3333333333333333) + (counts >> 2 & 0x3333333333333333);
-    counts = ((counts + (counts >> 4)) & 0x0f0f0f0f0f0f0f0f) * 0x0101010101010100;
-    const __m512i all = _mm512_set1_epi64(static_cast<int64_t>(bits));
-    const __m512i places = _mm512_add_epi8(_mm512_popcnt_epi8(_mm512_and_si512(all, below)),
-                                           _mm512_set1_epi64(static_cast<int64_t>(counts)));
-    const __m512i weights = _mm512_maskz_permutexvar_epi8(_mm512_test_epi8_mask(all, bit), places,
-                                                          _mm512_loadu_si512(values));
-    const uint8_t* digits = x.digits() + 3 * column;
-    for (int i = 0; i < 3; ++i)
-      sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_load_si512(digits + 64 * i), weights);
+#if NT_BF16
+
+template <int T> struct Dot<BFloat16, BFloat16, T> {
+  using Bits = uint32_t;
+  __m512 sums[T] = {};
+  void add(Bits bits, const BFloat16* values, const Tokens& x, int64_t column) {
+    const __m512bh weights = reinterpret_cast<__m512bh>(expand(bits, &values->bits));
+    for (int t = 0; t < T; ++t)
+      sums[t] = _mm512_dpbf16_ps(sums[t], weights,
+                                 reinterpret_cast<__m512bh>(_mm512_load_si512(x.rounded(t) + column)));
   }
-  float total(const NtMatrix& a, int64_t row, const Input& x) const {
-    int64_t sum = a.sums[row] * -(1 << 23);
-    for (int i = 0; i < 3; ++i) sum += static_cast<int64_t>(_mm512_reduce_add_epi32(sums[i])) * (1 << 8 * i);
-    return static_cast<float>(sum) * x.scale() * a.scales[row];
+  float total(int t, const NtMatrix&, int64_t, const Tokens&) const { return _mm512_reduce_add_ps(sums[t]); }
+};
+
+#endif
+
+// Integer products with the digits of x. No sum overflows below a million columns.
+template <typename X, int T> struct Dot<int8_t, X, T> {
+  using Bits = uint64_t;
+  static constexpr int digits = kDigits<X>;
+  __m512i sums[T][digits] = {};
+  void add(Bits bits, const int8_t* values, const Tokens& x, int64_t column) {
+    const __m512i weights = expand(bits, values);
+    for (int t = 0; t < T; ++t)
+      for (int i = 0; i < digits; ++i) {
+        const __m512i numbers = _mm512_load_si512(x.digits(t) + digits * column + 64 * i);
+        sums[t][i] = _mm512_dpbusd_epi32(sums[t][i], numbers, weights);
+      }
+  }
+  float total(int t, const NtMatrix& a, int64_t row, const Tokens& x) const {
+    int64_t sum = -a.sums[row] * (1 << (8 * digits - 1));
+    for (int i = 0; i < digits; ++i) sum += static_cast<int64_t>(_mm512_reduce_add_epi32(sums[t][i])) * (1 << 8 * i);
+    return static_cast<float>(sum) * x.scale(t) * a.scales[row];
   }
 };
 
@@ -210,21 +241,26 @@ inline __m256 load8(const int8_t* values) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values))));
 }
 
-template <typename V> struct Dot {
+template <typename V, typename X, int T> struct Dot {
   using Bits = uint32_t;
-  __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-  void add(Bits bits, const V* values, const Input& x, int64_t column) {
+  static constexpr int chains = T == 1 ? 4 : T == 2 ? 2 : 1;
+  __m256 sums[T][chains] = {};
+  void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
     for (int part = 0; part < 4; ++part) {
       const uint32_t byte = bits >> (8 * part) & 0xff;
       const __m256i source = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpansion.source[byte]));
       const __m256 present = _mm256_load_ps(reinterpret_cast<const float*>(kExpansion.present[byte]));
       const __m256 expanded = _mm256_and_ps(_mm256_permutevar8x32_ps(load8(values), source), present);
-      sums[part] = _mm256_fmadd_ps(expanded, _mm256_load_ps(x.floats() + column + 8 * part), sums[part]);
+      for (int t = 0; t < T; ++t) {
+        __m256& sum = sums[t][part % chains];
+        sum = _mm256_fmadd_ps(expanded, _mm256_load_ps(x.floats(t) + column + 8 * part), sum);
+      }
       values += __builtin_popcount(byte);
     }
   }
-  float total(const NtMatrix& a, int64_t row, const Input&) const {
-    const __m256 sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+  float total(int t, const NtMatrix& a, int64_t row, const Tokens&) const {
+    __m256 sum = sums[t][0];
+    for (int chain = 1; chain < chains; ++chain) sum = _mm256_add_ps(sum, sums[t][chain]);
     alignas(32) float lanes[8];
     _mm256_store_ps(lanes, sum);
     return scaled<V>(((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7])),
@@ -234,25 +270,30 @@ template <typename V> struct Dot {
 
 #else
 
-template <typename V> struct Dot {
+template <typename V, typename X, int T> struct Dot {
   using Bits = uint32_t;
-  float sum = 0;
-  void add(Bits bits, const V* values, const Input& x, int64_t column) {
-    for (; bits; bits &= bits - 1) sum += to_float(*values++) * x.floats()[column + __builtin_ctz(bits)];
+  float sums[T] = {};
+  void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
+    for (; bits; bits &= bits - 1) {
+      const float value = to_float(*values++);
+      for (int t = 0; t < T; ++t) sums[t] += value * x.floats(t)[column + __builtin_ctz(bits)];
+    }
   }
-  float total(const NtMatrix& a, int64_t row, const Input&) const { return scaled<V>(sum, a, row); }
+  float total(int t, const NtMatrix& a, int64_t row, const Tokens&) const { return scaled<V>(sums[t], a, row); }
 };
 
 #endif
 #endif
 
-// y[0..Rows) = the products of as many rows with x; several rows at a time share the loads of x.
-template <typename V, int Rows> void dot_rows(const NtMatrix& a, int64_t row, const Input& x, float* y) {
-  using Bits = typename Dot<V>::Bits;
+// y [Rows, stride] = the products of as many rows with T tokens; several rows at a time share the loads of x.
+template <typename V, typename X, int Rows, int T>
+void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t stride) {
+  using Sum = Dot<V, X, T>;
+  using Bits = typename Sum::Bits;
   constexpr int64_t width = 8 * sizeof(Bits);
   const int64_t words = words_per_row(a.columns);
   const V* values[Rows];
-  Dot<V> dots[Rows];
+  Sum dots[Rows];
   for (int r = 0; r < Rows; ++r) values[r] = static_cast<const V*>(a.values) + a.starts[row + r];
   const auto add = [&](int r, Bits bits, int64_t column) {
     __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + kPrefetch);
@@ -276,33 +317,53 @@ template <typename V, int Rows> void dot_rows(const NtMatrix& a, int64_t row, co
     if (column < words * kBits)
       for (int r = 0; r < Rows; ++r) add(r, bitmap[r * words + words - 1], column);
   }
-  for (int r = 0; r < Rows; ++r) y[r] = dots[r].total(a, row + r, x);
+  for (int r = 0; r < Rows; ++r)
+    for (int t = 0; t < T; ++t) y[r * stride + t] = dots[r].total(t, a, row + r, x);
 }
 
-// Calls `take(row, value)` with each product of a row and `x`, in a team of threads; returns without waiting for them.
-template <typename Take> void each_row(const NtMatrix& a, const Input& x, Take&& take) {
+constexpr int64_t kFewTokens = 16;  // of which these kernels are quicker than those for tiles of tokens
+
+// Calls `take(row, token, value)` with each product of a row and a token of `x`, in a team of threads; returns without
+// waiting for them. X: type of the activations.
+template <typename X, typename Take>
+void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t tokens, Take&& take) {
   with_type(a.type, [&](auto type) {
     using V = decltype(type);
     constexpr int64_t step = 4;
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < a.rows; row += step) {
-      float y[step];
-      const int64_t taken = std::min(step, a.rows - row);
-      if (taken == step) {
-        dot_rows<V, step>(a, row, x, y);
-      } else {
-        for (int64_t r = 0; r < taken; ++r) dot_rows<V, 1>(a, row + r, x, y + r);
-      }
-      for (int64_t r = 0; r < taken; ++r) take(row + r, y[r]);
+      float y[step * kFewTokens];
+      const int64_t rows = std::min(step, a.rows - row);
+      const auto dots = [&](auto r, auto t, int64_t offset, int64_t token) {
+        dot_rows<V, X, r, t>(a, row + offset, x.from(first_token + token), y + offset * kFewTokens + token, kFewTokens);
+      };
+      const auto some = [&](auto t, int64_t token) {
+        constexpr int together = t == 8 ? 2 : 4;
+        int64_t offset = 0;
+        for (; offset + together <= rows; offset += together) dots(Constant<together>{}, t, offset, token);
+        for (; offset < rows; ++offset) dots(Constant<1>{}, t, offset, token);
+      };
+      int64_t token = 0;
+      for (; token + 8 <= tokens; token += 8) some(Constant<8>{}, token);
+      if ((tokens - token) & 4) some(Constant<4>{}, token), token += 4;
+      if ((tokens - token) & 2) some(Constant<2>{}, token), token += 2;
+      if ((tokens - token) & 1) some(Constant<1>{}, token);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t t = 0; t < tokens; ++t) take(row + r, t, y[r * kFewTokens + t]);
     }
   });
 }
 
-void multiply_vector(const NtMatrix& a, const float* x, float* y) {
-  Input input(a.columns);
-  input.set(a.type, x, a.columns);
+// Y [tokens, rows] = X [tokens, columns] A^T for up to `kFewTokens` tokens.
+template <typename X> void multiply_few(const NtMatrix& a, const X* x, X* y, int64_t tokens) {
+  Input input(a.columns, tokens);
 #pragma omp parallel
-  each_row(a, input, [&](int64_t row, float value) { y[row] = value; });
+  {
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < tokens; ++token) input.set<X>(a.type, token, x + token * a.columns, a.columns);
+    each_row<X>(a, input, 0, tokens,
+                [&](int64_t row, int64_t token, float value) { store(value, y + token * a.rows + row); });
+  }
 }
 
 }  // namespace
