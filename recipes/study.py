@@ -1,7 +1,7 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Compares methods on text or images: a grid of training runs, their learning rates tuned, test data touched once.
 
-python -m nt_transformers.data.prepare --output data/study --vocab-size 2048
+python -m nt_transformers.data.prepare --output data/study --sources boolq --vocab-size 1024
 python recipes/study.py --config recipes/configs/study_text.yaml    # --dry_run true shows the runs and their cost
 python -m nt_transformers.report runs/study_text --output report.html
 
