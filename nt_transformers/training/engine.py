@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+from ..validation import check
 from .config import TrainingConfig
 
 
@@ -62,8 +63,15 @@ def check_engine(state: AcceleratorState) -> None:
         )
 
 
-def check_shardable(model: nn.Module) -> None:
-    """Raises a `ValueError` if the model cannot be sharded by FSDP2 as accelerate applies it."""
+def check_shardable(model: nn.Module, mixed_precision: str) -> None:
+    """Raises a `ValueError` if the model cannot be sharded by FSDP2, as accelerate applies it, in this precision."""
+    batch_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    check(
+        not (batch_norms and mixed_precision == "bf16"),
+        "mixed_precision",
+        "bf16",
+        "FSDP2 would convert batch norms too, whose statistics stay float32; set no, or train with DDP",
+    )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if tied := sorted(names - {name for name, _ in model.named_parameters()}):
         raise ValueError(

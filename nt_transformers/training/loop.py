@@ -112,7 +112,7 @@ class TrainingLoop:
         self.window_losses: torch.Tensor
 
         if accelerator.is_fsdp2:
-            check_shardable(task.model)
+            check_shardable(task.model, accelerator.mixed_precision)
             name_sharded_units(task.model)
         checkpoint = self._find_resume_point()
         optimizer = build_optimizer(task.model, config, sharded=accelerator.is_fsdp2)

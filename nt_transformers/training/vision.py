@@ -149,14 +149,6 @@ class VisionTask:
             True,
             "FSDP2 shards contiguous weights only; set channels_last: false, or train with DDP",
         )
-        check(
-            not (
-                accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16" and "resnet" in config.model.model_type
-            ),
-            "mixed_precision",
-            "bf16",
-            "FSDP2 would convert batch norms too, whose statistics stay float32; set no, or train with DDP",
-        )
         self.config = config
         self.accelerator = accelerator
         training, self.validation = config.data.load_train()

@@ -51,10 +51,10 @@ def test_tied_weights_are_not_sharded(tied: bool) -> None:
     config = NeuroTrailsLlamaConfig(vocab_size=50, **shape, **heads, tie_word_embeddings=tied)
     model = NeuroTrailsLlamaForCausalLM(config)
     if not tied:
-        check_shardable(model)
+        check_shardable(model, "no")
         return
     with pytest.raises(ValueError, match=r"tied weights \(lm_heads.0.weight.*tie_word_embeddings=false"):
-        check_shardable(model)
+        check_shardable(model, "no")
 
 
 @pytest.mark.parametrize(

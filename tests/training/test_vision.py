@@ -27,6 +27,7 @@ from nt_transformers.data.image_batches import EvaluationBatches
 from nt_transformers.data.images import ImageDataConfig, load_images
 from nt_transformers.sparsity import SparsityConfig, planned_nonzeros
 from nt_transformers.training import parse_arguments
+from nt_transformers.training.engine import check_shardable
 from nt_transformers.training.plan import Hardware
 from nt_transformers.training.vision import (
     ClassifierArguments,
@@ -265,10 +266,16 @@ def test_fsdp_does_not_shard_channels_last(run_config: RunConfig) -> None:
         VisionTask(run_config(channels_last=True), SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
 
 
-def test_fsdp_does_not_convert_batch_norms(run_config: RunConfig) -> None:
-    accelerator: Any = SimpleNamespace(is_fsdp2=True, mixed_precision="bf16")
-    with pytest.raises(ValueError, match="mixed_precision='bf16': FSDP2 would convert batch norms.*DDP"):
-        VisionTask(run_config(), accelerator)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_fsdp_does_not_convert_batch_norms(run_config: RunConfig, network: str) -> None:
+    config = run_config({"model_type": f"neurotrails_{network}", "shape": NETWORKS[network]})
+    model = config.model.build(config.data, config.data.class_names())
+    check_shardable(model, "no")
+    if network == "vit":
+        check_shardable(model, "bf16")
+    else:
+        with pytest.raises(ValueError, match="mixed_precision='bf16': FSDP2 would convert batch norms.*DDP"):
+            check_shardable(model, "bf16")
 
 
 class TestBadInput:
