@@ -34,12 +34,15 @@ class Kind(ABC):
     config_class: ClassVar[type[TrainingConfig]]
     # Figures of an evaluation that make the curves of a report.
     curve: ClassVar[tuple[str, ...]]
+    # Field of `model` that holds the length of the heads.
+    head_length: ClassVar[str]
     # The figure on validation data by which learning rates are chosen: the loss of the vote, nats.
     loss: ClassVar[str]
 
-    @abstractmethod
     def split(self, heads: int | None, head_layers: int | None) -> dict[str, Any]:
         """Fields of `model` for so many heads of so many layers; those that are None are left out."""
+        fields = {"num_ensemble_heads": heads, self.head_length: head_layers}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @abstractmethod
     def outline(self, training: Any) -> Outline:

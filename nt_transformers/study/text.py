@@ -32,11 +32,8 @@ class TextKind(Kind):
         "explored",
         "mask_overlap",
     )
+    head_length = "num_head_layers"
     loss = "eval_loss"
-
-    def split(self, heads: int | None, head_layers: int | None) -> dict[str, Any]:
-        fields = {"num_ensemble_heads": heads, "num_head_layers": head_layers}
-        return {name: value for name, value in fields.items() if value is not None}
 
     def outline(self, training: TextTrainingConfig) -> Outline:
         with torch.device("meta"):

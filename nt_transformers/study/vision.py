@@ -47,11 +47,8 @@ class VisionKind(Kind):
         "explored",
         "mask_overlap",
     )
+    head_length = "num_head_blocks"
     loss = "eval_nll"
-
-    def split(self, heads: int | None, head_layers: int | None) -> dict[str, Any]:
-        fields = {"num_ensemble_heads": heads, "num_head_blocks": head_layers}
-        return {name: value for name, value in fields.items() if value is not None}
 
     def outline(self, training: VisionTrainingConfig) -> Outline:
         data = training.data
