@@ -1,7 +1,14 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """A study of toy networks."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +107,24 @@ def vision_study_config(tmp_path: Path, image_folder: Path) -> Callable[..., Stu
         return build_config(StudyConfig, {**defaults, **fields})
 
     return make
+
+
+@pytest.fixture
+def kill_at_work(tmp_path: Path) -> Callable[[StudyConfig, str], None]:
+    """Runs a study until a run of this method has left a checkpoint, and kills it."""
+
+    def kill(config: StudyConfig, method: str) -> None:
+        (tmp_path / "study.json").write_text(json.dumps(asdict(config)))
+        command = [sys.executable, "recipes/study.py", "--config", str(tmp_path / "study.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
+        folder = Path(config.output_dir) / "runs"
+        deadline = time.monotonic() + 240
+        while not list(folder.glob(f"{method}-*/checkpoints/step_*/manifest.json")):
+            assert process.poll() is None, "the study ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    return kill

@@ -2,13 +2,8 @@
 """A study goes on after a kill, repeats nothing, and survives a broken run."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,7 @@ from nt_transformers.study import StudyConfig, run_study, runner
 
 
 MakeStudy = Callable[..., StudyConfig]
+KillStudy = Callable[[StudyConfig, str], None]
 
 # Stands for a training run: notes when it was at work; breaks if its method is called so.
 WORKER = """
@@ -95,20 +91,11 @@ def test_two_studies_cannot_share_a_folder(study_config: MakeStudy) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(study_config: MakeStudy) -> None:
+def test_a_killed_study_goes_on(study_config: MakeStudy, kill_at_work: KillStudy) -> None:
     config = study_config(grids=[{"method": ["single", "set"]}], processes=1)
     config.training["max_steps"] = 60  # long enough to be killed at work
-    (Path(config.output_dir).parent / "study.json").write_text(json.dumps(asdict(config)))
-    command = [sys.executable, "recipes/study.py", "--config", f"{Path(config.output_dir).parent}/study.json"]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    kill_at_work(config, "set")
     folder = Path(config.output_dir) / "runs"
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("set-*/checkpoints/step_*/manifest.json")):
-        assert process.poll() is None, "the study ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     (single,) = read_results(config)
     assert single["method"] == "single"
 

@@ -2,14 +2,8 @@
 """Studies of image classifiers: what they measure, that they survive a kill, and which mistakes they name."""
 
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +19,7 @@ from nt_transformers.training import build_config
 
 
 MakeStudy = Callable[..., StudyConfig]
+KillStudy = Callable[[StudyConfig, str], None]
 ROOT = Path(__file__).parents[2]
 
 
@@ -148,20 +143,11 @@ def test_from_tuning_to_the_report(vision_study_config: MakeStudy, image_folder:
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(vision_study_config: MakeStudy, tmp_path: Path) -> None:
+def test_a_killed_study_goes_on(vision_study_config: MakeStudy, kill_at_work: KillStudy) -> None:
     config = vision_study_config(grids=[{"method": ["single", "set"]}], processes=1)
     config.training["max_steps"] = 36  # long enough to be killed at work
-    (tmp_path / "study.json").write_text(json.dumps(asdict(config)))
-    command = [sys.executable, "recipes/study.py", "--config", str(tmp_path / "study.json")]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    kill_at_work(config, "set")
     folder = Path(config.output_dir) / "runs"
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("set-*/checkpoints/step_*/manifest.json")):
-        assert process.poll() is None, "the study ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     results = Path(config.output_dir) / "results.jsonl"
     (single,) = (json.loads(line) for line in results.read_text().splitlines())
     pictures = {path: path.stat().st_mtime for path in Path(config.output_dir).glob("corrupted-*/*")}
