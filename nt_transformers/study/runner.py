@@ -6,6 +6,7 @@ Notable:
   what is missing; a run that was under way continues from its last checkpoint.
 - A run that breaks is reported, in the results too, and the others go on. The next start tries it again.
 - `results.jsonl` is written anew after every run, from the results of the present grids only: one JSON object a line.
+  Where only this file is left (in a repository, say), it counts for the folders of its finished runs.
 """
 
 import fcntl
@@ -36,7 +37,8 @@ def run_study(config: StudyConfig) -> list[Row]:
     """Does what is missing of the study and returns its rows, as in `results.jsonl`.
 
     Raises:
-        ValueError: the configuration or the test data are unusable, or another process is at work in `output_dir`.
+        ValueError: the configuration, the test data or an earlier `results.jsonl` are unusable, or another process is
+            at work in `output_dir`.
     """
     plan = StudyPlan(config)
     tuning = plan.tuning_runs()
@@ -47,6 +49,7 @@ def run_study(config: StudyConfig) -> list[Row]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
+        _restore(folder)
         _write(folder / "study.json", json.dumps(asdict(config), indent=2))
         pool = _Pool(config, plan.kind)
         if tuning:
@@ -157,6 +160,25 @@ def _row(run: Run) -> Row | None:
         if (run.folder / name).exists():
             return json.loads((run.folder / name).read_text(encoding="utf-8"))
     return None
+
+
+def _restore(folder: Path) -> None:
+    """Puts the finished rows of `results.jsonl` back where their runs left them, if they are gone from there."""
+    file = folder / "results.jsonl"
+    if not file.exists():
+        return
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            name, finished = row["run"], row["status"] == "finished"
+        except (ValueError, TypeError, KeyError):
+            name, finished = "", False
+        if not isinstance(name, str) or Path(name).name != name or not name:
+            raise ValueError(f"{file}, line {number}: {line[:80]!r} is not a study's row; restore or delete the file")
+        result = folder / "runs" / name / "result.json"
+        if finished and not result.exists():
+            result.parent.mkdir(parents=True, exist_ok=True)
+            _write(result, json.dumps(row))
 
 
 def _write_results(folder: Path, runs: Sequence[Run]) -> list[Row]:

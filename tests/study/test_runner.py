@@ -57,6 +57,29 @@ def test_two_runs_at_a_time_and_none_twice(study_config: MakeStudy) -> None:
 
 
 @pytest.mark.usefixtures("quick_worker")
+def test_results_alone_continue_a_study(study_config: MakeStudy, tmp_path: Path) -> None:
+    rows = run_study(study_config())
+    kept = "".join(json.dumps(row) + "\n" for row in rows[:2])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "results.jsonl").write_text(kept)
+
+    again = run_study(study_config(output_dir=str(elsewhere)))
+    assert again[:2] == rows[:2]
+    assert again[2]["times"][0] > rows[2]["times"][1]
+
+
+@pytest.mark.usefixtures("quick_worker")
+@pytest.mark.parametrize("line", ["{'run'", '"run"', '{"status": "finished"}', '{"run": "../../elsewhere"}'])
+def test_results_that_are_none_are_refused(study_config: MakeStudy, line: str) -> None:
+    config = study_config()
+    Path(config.output_dir).mkdir()
+    (Path(config.output_dir) / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: .* not a study's row; restore or delete the file"):
+        run_study(config)
+
+
+@pytest.mark.usefixtures("quick_worker")
 def test_a_broken_run_is_reported_and_tried_again(study_config: MakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
     methods = {"broken": {"sparsity": {"method": "set"}}, "single": {"model": {"num_ensemble_heads": 1}}}
     config = study_config(methods=methods, grids=[{"method": ["broken", "single"]}], flops_reference="single")
