@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import Drop
-from .selection import largest
-
-
-# Weights whose keys are computed at a time: they stay in a CPU's cache, and intermediate results small.
-_CHUNK = 1 << 20
+from .selection import largest, pieces
 
 
 DropRule = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
@@ -29,7 +25,7 @@ def drop_rule(name: Drop, temperature: float) -> DropRule:
 
 def magnitude(weight: Tensor, mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Mask of the `count` active weights with the smallest magnitude; ties are broken at random."""
-    return largest(weight.abs().neg_(), mask, count, generator)
+    return largest(weight, mask, count, generator, key=lambda weights: weights.abs().neg_())
 
 
 def soft_magnitude(
@@ -43,8 +39,7 @@ def soft_magnitude(
     random among themselves.
     """
     keys = torch.empty(weight.shape, device=weight.device, dtype=weight.dtype)
-    flat = (keys.view(-1), weight.reshape(-1), mask.reshape(-1))
-    for key, value, active in zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True):
+    for key, value, active in pieces(keys.view(-1), weight.reshape(-1), mask.reshape(-1)):
         torch.rand(key.shape, generator=generator, out=key).log_().neg_().log_()
         # Removed weights are no candidates; the logarithm of their zeros would take five times as long on CPU.
         key.sub_(value.abs().add_(~active).log_(), alpha=temperature)

@@ -11,7 +11,7 @@ from .selection import largest, random_subset
 
 def by_score(score: Tensor, candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Mask of the `count` candidates with the largest |score| (gradient or momentum); ties are broken at random."""
-    return largest(score.abs(), candidates, count, generator)
+    return largest(score, candidates, count, generator, key=torch.abs)
 
 
 def at_random(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:

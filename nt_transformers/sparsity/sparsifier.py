@@ -21,7 +21,7 @@ from .distributions import apportion, nonzero_counts
 from .drop import drop_rule
 from .grow import at_random, by_score
 from .schedules import drop_fraction, num_updates, pruned_share, stop_step
-from .selection import keyed_generator, random_subset
+from .selection import count_true, keyed_generator, pieces, random_subset
 from .sharding import distribute, from_parts, largest_magnitude, own_part, total, total_norm, whole
 
 
@@ -240,7 +240,7 @@ class Sparsifier:
             mask, explored = (
                 _unpack(state[part][tensor.name], tensor.parameter.shape) for part in ("masks", "explored")
             )
-            tensor.active, tensor.seen = int(mask.count_nonzero()), int(explored.count_nonzero())
+            tensor.active, tensor.seen = count_true(mask), count_true(explored)
             tensor.mask = own_part(distribute(mask, tensor.parameter))
             tensor.explored = own_part(distribute(explored, tensor.parameter))
         self._apply_masks()
@@ -336,7 +336,7 @@ class Sparsifier:
         tensor.mask = kept | grown
         tensor.active += grow_count - drop_count
         tensor.explored |= grown
-        tensor.seen = total(int(tensor.explored.count_nonzero()), tensor.parameter)
+        tensor.seen = total(count_true(tensor.explored), tensor.parameter)
         # Inactive weights are zero already: only weights that were just dropped can keep a value.
         unzeroed = tensor.mask if self.config.grow_init == "keep" else kept
         _zero_outside_(own_part(tensor.parameter), unzeroed)
@@ -493,8 +493,10 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def _zero_outside_(tensor: Tensor, mask: Tensor) -> None:
-    # Multiplication by uint8 is vectorised on CPU; by bool it takes four times as long.
-    tensor.mul_(mask.view(torch.uint8))
+    # Multiplication by uint8 is vectorised on CPU; by bool it takes four times as long. It converts the mask first: a
+    # large one as a whole would take seven times as long as in pieces.
+    for values, existing in pieces(tensor, mask.view(torch.uint8)):
+        values.mul_(existing)
 
 
 def _check_finite(values: Tensor, kind: str, name: str) -> float:

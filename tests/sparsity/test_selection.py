@@ -3,6 +3,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nt_transformers.sparsity import selection
 from nt_transformers.sparsity.selection import keyed_generator, largest, random_subset
 
 
@@ -63,6 +65,21 @@ def test_strided_scores() -> None:
     scores = torch.arange(24.0).view(4, 6).t()
     chosen = largest(scores, torch.ones(6, 4, dtype=torch.bool), 5, generator(0))
     assert sorted(scores[chosen].tolist()) == [19.0, 20.0, 21.0, 22.0, 23.0]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+@pytest.mark.parametrize("key", [torch.abs, torch.neg])
+def test_keys_of_a_tensor_in_pieces(
+    piece: int, key: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_PIECE", piece)
+    scores = torch.randn(8, 6, generator=generator(4))
+    before = scores.clone()
+    candidates = torch.rand(8, 6, generator=generator(5)) < 0.7
+    order = [place for place in key(scores).flatten().argsort(descending=True).tolist() if candidates.flatten()[place]]
+    for count in range(len(order) + 1):
+        assert positions(largest(scores, candidates, count, generator(6), key)) == set(order[:count])
+    assert torch.equal(scores, before)
 
 
 def test_ties_do_not_favour_a_position() -> None:

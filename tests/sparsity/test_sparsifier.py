@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_transformers.sparsity import Sparsifier, SparsityConfig
+from nt_transformers.sparsity import Sparsifier, SparsityConfig, selection
 
 
 def assert_exact(sparsifier: Sparsifier, nonzeros: int) -> None:
@@ -63,6 +63,21 @@ def test_removed_weights_are_zero_and_counts_exact_after_every_step(method: str,
             assert_exact(sparsifier, sum(before.values()))
             assert {name: tensor.nonzeros for name, tensor in sparsifier.summary().tensors.items()} == before
     assert sparsifier.summary().nonzeros == round(0.4 * numel)
+
+
+@pytest.mark.parametrize("method", ["rigl", "momentum"])
+def test_work_in_pieces_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> dict[str, torch.Tensor]:
+        model = make_network().to(memory_format=torch.channels_last)
+        optimizer = OPTIMIZERS["adam"](model.parameters())
+        sparsifier = Sparsifier(model, optimizer, make_config(method), total_steps=12)
+        for step in range(12):
+            train_step(model, optimizer, sparsifier, step)
+        return model.state_dict()
+
+    whole = trained()
+    monkeypatch.setattr(selection, "_PIECE", 7)
+    torch.testing.assert_close(trained(), whole, rtol=0, atol=0)
 
 
 @settings(max_examples=40, deadline=None)
