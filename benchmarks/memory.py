@@ -1,7 +1,7 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Peak memory of training steps, each in a fresh process, and what the planner says of it.
 
-    python benchmarks/memory.py [--quick] [--json FILE] [--llama-350m]
+    python benchmarks/memory.py [--quick] [--json FILE] [--llama-350m | --images]
 
 Two steps (forward, backward, fused Adam, sparsifier) of 8 x 256 tokens, vocabulary 32000, float32. NeuroTrails has
 hidden size 256, 8 layers, 5 of them in each of 3 heads: 47M parameters. Against a single network of as many
@@ -14,7 +14,8 @@ and against a full ensemble: 3 stock LLaMAs of 8 layers in turn, each with its o
 
 Memory is the peak resident set, imports included (`imports_gb`), in an environment where glibc returns what is freed.
 `planned_over_measured_*` compares the planner's total with the peak less the imports. `--llama-350m` measures, instead
-of all this, one step of LLaMA-350M with 3 heads of 16 layers, batch 2 x 256: it needs 20 GB.
+of all this, one step of LLaMA-350M with 3 heads of 16 layers, batch 2 x 256: it needs 20 GB. `--images` compares plan
+and peak for classifiers with three heads, SGD with momentum and density 0.2.
 """
 
 import argparse
@@ -22,19 +23,25 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import parse_args, report
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nt_transformers.data import TextDataConfig
+from nt_transformers.data.images import ImageDataConfig
 from nt_transformers.models import NeuroTrailsLlamaForCausalLM
 from nt_transformers.sparsity import Sparsifier, SparsityConfig
 from nt_transformers.training import LlamaArguments, TextTrainingConfig
 from nt_transformers.training.optimization import build_optimizer
 from nt_transformers.training.plan import Hardware
+from nt_transformers.training.vision import ClassifierArguments, VisionTrainingConfig
 
 
 # The second step meets the optimizer's state.
@@ -71,6 +78,34 @@ RUNS: dict[str, dict[str, Any]] = {
     "wider": {"model": SINGLE | {"hidden_size": 440, "intermediate_size": 1184}},
 }
 
+IMAGE_RUNS: dict[str, dict[str, Any]] = {
+    "wide_resnet_10_2": {
+        "model": {
+            "model_type": "neurotrails_wide_resnet",
+            "num_head_blocks": 2,
+            "shape": {"depth": 10, "widen_factor": 2},
+        },
+        "image_size": 32,
+        "batch_size": 128,
+        "channels_last": True,
+    },
+    "resnet_50": {
+        "model": {"model_type": "neurotrails_resnet", "num_head_blocks": 8},
+        "image_size": 224,
+        "batch_size": 16,
+        "channels_last": True,
+    },
+    "vit_small": {
+        "model": {
+            "model_type": "neurotrails_vit",
+            "num_head_blocks": 8,
+            "shape": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6},
+        },
+        "image_size": 224,
+        "batch_size": 16,
+    },
+}
+
 
 def training_config(model: dict[str, Any], batch_size: int = 8, **options: Any) -> TextTrainingConfig:
     """A run of `STEPS` steps; its data are not read."""
@@ -100,6 +135,51 @@ def train(config: TextTrainingConfig) -> None:
         optimizer.zero_grad()
 
 
+def image_config(
+    folder: str, model: dict[str, Any], image_size: int, batch_size: int, **options: Any
+) -> VisionTrainingConfig:
+    """A run of `STEPS` steps on ten classes; of the folder only the names of the classes are read."""
+    return VisionTrainingConfig(
+        output_dir="unused",
+        model=ClassifierArguments(**model),
+        data=ImageDataConfig(train=folder, image_size=image_size),
+        sparsity=SparsityConfig(method="neurotrails_vision", density=0.2, update_interval=1, drop_schedule="constant"),
+        optimizer="sgd",
+        momentum=0.9,
+        max_steps=STEPS,
+        global_batch_size=batch_size,
+        per_device_batch_size=batch_size,
+        **options,
+    )
+
+
+def train_images(config: VisionTrainingConfig) -> None:
+    """The steps of the run on random images, with a topology update after the first."""
+    classes = config.data.class_names()
+    model = config.model.build(config.data, classes).train()
+    torch.nn.Module.to(model, memory_format=config.memory_format)
+    optimizer = build_optimizer(model, config)
+    sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=STEPS)
+    shape = config.per_device_batch_size, config.data.num_channels, config.data.image_size, config.data.image_size
+    images = torch.randn(shape).contiguous(memory_format=config.memory_format)
+    labels = torch.eye(len(classes))[torch.randint(len(classes), (len(images),))]
+    for _ in range(STEPS):
+        model(images, labels=labels).loss.backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+
+
+@contextmanager
+def ten_classes() -> Iterator[str]:
+    """A folder of ten class folders with an image each."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(10):
+            (Path(folder) / f"class_{number}").mkdir()
+            Image.new("RGB", (8, 8)).save(Path(folder) / f"class_{number}" / "image.png")
+        yield folder
+
+
 def train_separate_models() -> None:
     """A full ensemble as a plain loop over stock models."""
     shape = {name: value for name, value in SMALL.items() if name in LlamaConfig().to_dict()}
@@ -120,6 +200,9 @@ def child(name: str) -> None:
         train_separate_models()
     elif name == "llama_350m":
         train(training_config(LLAMA_350M, batch_size=2))
+    elif name in IMAGE_RUNS:
+        with ten_classes() as folder:
+            train_images(image_config(folder, **IMAGE_RUNS[name]))
     else:
         train(training_config(**RUNS[name]))
     print(json.dumps([imports, peak_gb()]))
@@ -141,10 +224,22 @@ def measure(name: str, threads: int) -> list[float]:
     return json.loads(run.stdout)
 
 
+def image_figures(threads: int) -> dict[str, float]:
+    """The plan over the measured peak, and that peak, of every classifier."""
+    figures = {}
+    with ten_classes() as folder:
+        for name, options in IMAGE_RUNS.items():
+            planned = image_config(folder, **options).plan(Hardware(num_processes=1)).memory.total / 1e9
+            imports, peak = measure(name, threads)
+            figures |= {f"planned_over_measured_{name}": planned / (peak - imports), f"{name}_gb": peak}
+    return figures
+
+
 def main() -> None:
     """Measure every run once: a peak hardly varies."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--llama-350m", action="store_true", help="measure LLaMA-350M instead; needs 20 GB")
+    parser.add_argument("--images", action="store_true", help="measure image classifiers instead")
     parser.add_argument("--child", metavar="RUN", help=argparse.SUPPRESS)
     args = parse_args(parser)
     if args.child:
@@ -152,6 +247,9 @@ def main() -> None:
         return
     if args.llama_350m:
         report({"llama_350m_step_peak_gb": measure("llama_350m", args.threads)[1]}, args)
+        return
+    if args.images:
+        report(image_figures(args.threads), args)
         return
     peaks = {name: measure(name, args.threads) for name in [*RUNS, "separate_models"]}
     planned = {
