@@ -307,7 +307,7 @@ class Decoder:
 
     def _build_plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
         config = self.model.config
-        layers = [self._describe(layer) for layer in self._modules(backbone, heads)]
+        layers = self._describe_all(self._modules(backbone, heads))
         # A backbone by itself is one stream without a final norm.
         norms: list[int | None] = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
         norms = norms or [None]
@@ -326,6 +326,16 @@ class Decoder:
             config.head_dim**-0.5,
             self.model.dtype == torch.bfloat16,
         )
+
+    def _describe_all(self, layers: list[Any]) -> list[_Layer]:
+        """The layers; what multiplies the same input goes by the columns of its values in all of them or in none."""
+        described = [self._describe(layer) for layer in layers]
+        for names in (("query", "key", "value"), ("output",), ("gate", "up"), ("down",)):
+            matrices = [getattr(layer, name) for layer in described for name in names]
+            if not all(matrix.places for matrix in matrices):
+                for matrix in matrices:
+                    matrix.places = None
+        return described
 
     def _describe(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .matrix import SparseMatrix
@@ -48,9 +49,14 @@ class Matrix(ctypes.Structure):
         ("starts", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
         ("type", ctypes.c_int32),
     )
 
+
+# Below this density a product with one token goes by the columns of the values, two bytes each, not by the bitmap:
+# docs/inference.md shows the times.
+PLACES_BELOW = {torch.bfloat16: 0.08, torch.float16: 0.08, torch.float32: 0.08, torch.int8: 0.03}
 
 # Rows, columns, density to a tenth, type of the values, whether there is a bitmap: what the time of a product is
 # made of.
@@ -62,8 +68,8 @@ class KernelMatrix:
 
     Args:
         matrix: The matrix.
-        index: int64 [1, rows], where in the values each row begins, and for int8 [2, rows], also the sum of its
-            values; computed unless given.
+        index: int64 [1, rows + 1], where in the values each row begins and the last one ends, and for int8
+            [2, rows + 1], also the sum of each row's values; computed unless given.
 
     Raises:
         ValueError: the parts of the matrix do not belong together (checked unless `index` is given).
@@ -71,20 +77,23 @@ class KernelMatrix:
 
     def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None) -> None:
         self._matrix = matrix
+        self._places = None
         if index is None:
             matrix.check()
             index = _index(matrix)
+            # Not for the operator, which comes here for every product.
+            self._places = _places(matrix)
         self.index = index
         bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
         sums = index[1] if len(index) > 1 else None
-        self._memory = (bitmap, matrix.values.contiguous(), index[0], matrix.scales, sums)
+        self._memory = (bitmap, matrix.values.contiguous(), index[0], matrix.scales, sums, self._places)
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, _TYPES[matrix.values.dtype])
         self._kernels = kernels()
 
-    def __reduce__(self) -> tuple[type[KernelMatrix], tuple[SparseMatrix, torch.Tensor]]:
+    def __reduce__(self) -> tuple[type[KernelMatrix], tuple[SparseMatrix]]:
         # Copies point to memory of their own.
-        return KernelMatrix, (self._matrix, self.index)
+        return KernelMatrix, (self._matrix,)
 
     @property
     def scales(self) -> torch.Tensor | None:
@@ -200,13 +209,24 @@ def _load(name: str) -> ctypes.CDLL:
 
 
 def _index(matrix: SparseMatrix) -> torch.Tensor:
-    counts = matrix.row_counts()
-    ends = counts.cumsum(0)
-    starts = ends - counts
+    bounds = torch.nn.functional.pad(matrix.row_counts().cumsum(0), (1, 0))
     if matrix.values.dtype != torch.int8:
-        return starts[None]
-    totals = torch.cat([torch.zeros(1, dtype=torch.int64), matrix.values.cumsum(0, dtype=torch.int64)])
-    return torch.stack([starts, totals[ends] - totals[starts]])
+        return bounds[None]
+    totals = torch.nn.functional.pad(matrix.values.cumsum(0, dtype=torch.int64), (1, 0))[bounds]
+    return torch.stack([bounds, torch.nn.functional.pad(totals.diff(), (0, 1))])
+
+
+def _places(matrix: SparseMatrix) -> torch.Tensor | None:
+    """uint16 [nonzeros + 8], the column of each value and zeros; None where products go by the bitmap."""
+    rows, columns = matrix.shape
+    if (
+        matrix.bitmap is None
+        or matrix.nonzeros >= PLACES_BELOW[matrix.values.dtype] * rows * columns
+        or columns > 1 << 16
+    ):
+        return None
+    exists = np.unpackbits(matrix.bitmap.numpy(), axis=1, count=columns, bitorder="little")
+    return torch.from_numpy(np.pad(exists.nonzero()[1].astype(np.uint16), (0, 8)))
 
 
 def _cache_folder() -> Path:

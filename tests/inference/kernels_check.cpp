@@ -33,6 +33,7 @@ template <typename V> struct Random {
   std::vector<unsigned char> values;
   std::vector<int64_t> starts, sums;
   std::vector<float> scales, dense;
+  std::vector<uint16_t> places;
   NtMatrix matrix;
 
   Random(int64_t rows, int64_t columns, double density, bool sparse, Type type)
@@ -47,17 +48,20 @@ template <typename V> struct Random {
         V value;
         convert(normal(), value);
         kept.push_back(value);
+        places.push_back(static_cast<uint16_t>(column));
         sum += static_cast<int64_t>(to_float(value));
         bitmap[row * words_per_row(columns) + column / kBits] |= 1u << column % kBits;
         dense[row * columns + column] = to_float(value) * scales[row];
       }
       sums.push_back(sum);
     }
+    starts.push_back(kept.size());
+    places.resize(kept.size() + 8);
     values.resize(kept.size() * sizeof(V) + 64);
     if (!kept.empty()) std::memcpy(values.data(), kept.data(), kept.size() * sizeof(V));
     const bool scaled = type == kInt8;
     matrix = {rows, columns, sparse ? bitmap.data() : nullptr, values.data(), starts.data(),
-              scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr, type};
+              scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr, sparse && draw(0, 1) ? places.data() : nullptr, type};
   }
 };
 

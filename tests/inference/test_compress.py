@@ -50,6 +50,19 @@ def test_prediction_and_generation_are_those_of_the_model(make_model, heads, hea
     assert_same_generation(generate(compressed, batch=2), generate(model, batch=2))
 
 
+@pytest.mark.usefixtures("kernels_multiply")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_few_weights(make_model, mixed: bool) -> None:
+    model = make_model(density=0.03)
+    if mixed:  # what takes the same input may be of different density
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.normal_(std=0.2)
+            model.model.heads[1].layers[0].mlp.up_proj.weight.normal_(std=0.2)
+    compressed = compress(copy.deepcopy(model), "fp32")
+    assert_same_generation(generate(compressed), generate(model))
+    assert_same_generation(generate(compressed, batch=2), generate(model, batch=2))
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"max_new_tokens": 1}])
 def test_other_ways_of_generating(make_model, options) -> None:
     model = make_model()

@@ -13,7 +13,7 @@ from nt_transformers.inference.matrix import DTYPES, READ_AHEAD, Values
 
 
 SHAPES = [(1, 1), (3, 31), (2, 32), (5, 33), (70, 130), (129, 257)]
-DENSITIES = [0, 0.05, 0.2, 0.5, 0.9, 1]
+DENSITIES = [0, 0.02, 0.2, 0.5, 0.9, 1]
 
 
 def random_matrix(rows: int, columns: int, density: float) -> torch.Tensor:
@@ -86,6 +86,22 @@ def test_products_with_bfloat16_activations(
                 torch.testing.assert_close(
                     products._multiply_dense(kernel, x).float(), expected, rtol=2**-6, atol=1e-4
                 )
+
+
+@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
+@pytest.mark.parametrize("values", get_args(Values))
+def test_one_token_by_the_columns_of_few_values(
+    instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", instruction_set)
+    matrix = SparseMatrix.from_dense(random_matrix(90, 700, 0.03), values)
+    kernel = native.KernelMatrix(matrix)
+    assert kernel.structure.places
+    assert not native.KernelMatrix(SparseMatrix.from_dense(random_matrix(90, 700, 0.1), values)).structure.places
+    for dtype in native.ACTIVATIONS:
+        x = torch.randn(1, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+        expected = (x.double() @ matrix.to_dense().double().T).to(dtype)
+        torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("values", get_args(Values))

@@ -179,7 +179,7 @@ template <typename C, typename X> class Decoding {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < streams * count_; ++i) {
       fill(i / count_, i, scratch.x.data());
-      input_.template set<X>(matrix.type, i, scratch.x.data(), matrix.columns);
+      input_.template set<X>(matrix, count_, i, scratch.x.data());
     }
   }
 

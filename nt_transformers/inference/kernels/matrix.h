@@ -33,9 +33,10 @@ struct NtMatrix {
   int64_t rows, columns;
   const uint32_t* bitmap;  // [rows, ceil(columns / 32)]; null: dense, all values are stored
   const void* values;      // of the existing weights, row by row
-  const int64_t* starts;   // [rows], where in `values` each row begins
+  const int64_t* starts;   // [rows + 1], where in `values` each row begins, and the last one ends
   const float* scales;     // [rows] for int8, else null
   const int64_t* sums;     // [rows], the sum of the values, for int8, else null
+  const uint16_t* places;  // the column of each value and eight zeros, where products go by them; else null
   int32_t type;            // see Type
 };
 

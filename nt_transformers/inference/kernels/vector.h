@@ -4,7 +4,8 @@
 //
 // - AVX-512 (of Ice Lake, Zen 4 and later) expands 32 or 64 columns at once by the bits themselves;
 // - AVX2 expands 8 columns by a permutation looked up by the 8 bits;
-// - anything else walks over the set bits.
+// - anything else walks over the set bits;
+// - where few weights exist, their columns are listed, and x is picked by them.
 //
 // Activations are float32, or come from a model that rounds them to bfloat16: then bfloat16 values are multiplied by
 // the processor's bfloat16 products if it has them, and int8 values with 16 bits of an activation in place of 24.
@@ -37,6 +38,9 @@ struct Tokens {
   float scale(int64_t token) const { return scales[token]; }
 };
 
+// Whether products go by listed columns: several tokens would share the expansion of the values.
+inline bool by_places(const NtMatrix& a, int64_t tokens) { return a.places != nullptr && tokens == 1; }
+
 // Vectors x of a few tokens as the products read them: float32, bfloat16, or fixed-point digits where the values are
 // multiplied as integers.
 class Input {
@@ -45,17 +49,19 @@ class Input {
   Input(int64_t columns, int64_t tokens)
       : stride_(round_up(columns, kInputStep)), data_(tokens * stride_), scales_(tokens) {}
 
-  // Takes a token's x [columns], of activations of type X, for matrices with values of the given type.
-  template <typename X, typename From> void set([[maybe_unused]] int32_t type, int64_t token, const From* x, int64_t columns) {
+  // Takes a token's x, of activations of type X, for products of `tokens` tokens with matrices like `a`.
+  template <typename X, typename From> void set(const NtMatrix& a, int64_t tokens, int64_t token, const From* x) {
+    const int64_t columns = a.columns;
     float* to = data_.data() + token * stride_;
     const int64_t padded = round_up(columns, kInputStep);
     for (int64_t i = 0; i < columns; ++i) to[i] = to_float(x[i]);
     std::memset(to + columns, 0, sizeof(float) * (padded - columns));
+    if (by_places(a, tokens)) return;
 #if NT_AVX512
-    if (type == kInt8) scales_[token] = to_digits<kDigits<X>>(to, padded);
+    if (a.type == kInt8) scales_[token] = to_digits<kDigits<X>>(to, padded);
 #endif
 #if NT_BF16
-    if (type == kBFloat16 && std::is_same_v<X, BFloat16>) round(to, padded);
+    if (a.type == kBFloat16 && std::is_same_v<X, BFloat16>) round(to, padded);
 #endif
   }
   Tokens from(int64_t token) const { return {data_.data() + token * stride_, stride_, scales_.data() + token}; }
@@ -321,6 +327,51 @@ void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t
     for (int t = 0; t < T; ++t) y[r * stride + t] = dots[r].total(t, a, row + r, x);
 }
 
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+template <typename V> Eight load_eight(const V* from) {
+  Eight eight;
+  for (int i = 0; i < 8; ++i) eight[i] = to_float(from[i]);
+  return eight;
+}
+inline Eight load_eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
+inline Eight load_eight(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  return reinterpret_cast<Eight>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+}
+inline Eight load_eight(const int8_t* from) {
+  typedef int8_t Bytes __attribute__((vector_size(8), aligned(1), may_alias));
+  typedef int32_t Ints __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints), Eight);
+}
+
+// The product of row `row` with x, by the columns of its values: on Zen 4 quicker than the gather instruction.
+template <typename V> float dot_places(const NtMatrix& a, int64_t row, const float* x) {
+  typedef int32_t Ints __attribute__((vector_size(32)));
+  const V* values = static_cast<const V*>(a.values) + a.starts[row];
+  const uint16_t* places = a.places + a.starts[row];
+  const int64_t count = a.starts[row + 1] - a.starts[row];
+  const auto products = [&](int64_t at) {
+    // Loads set the pace: four columns by one of them.
+    uint64_t p[2];
+    std::memcpy(p, places + at, sizeof p);
+    const auto pick = [&](int lane) { return x[p[lane / 4] >> lane % 4 * 16 & 0xffff]; };
+    return load_eight(values + at) * Eight{pick(0), pick(1), pick(2), pick(3), pick(4), pick(5), pick(6), pick(7)};
+  };
+  Eight sums = {};
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kPrefetch);
+    __builtin_prefetch(reinterpret_cast<const char*>(places + i) + kPrefetch);
+    for (int part = 0; part < 4; ++part) sums += products(i + 8 * part);
+  }
+  for (; i + 8 <= count; i += 8) sums += products(i);
+  if (const int left = static_cast<int>(count - i)) sums += Ints{0, 1, 2, 3, 4, 5, 6, 7} < left ? products(i) : Eight{};
+  const float sum = (sums[0] + sums[4]) + (sums[1] + sums[5]) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+  return a.scales ? sum * a.scales[row] : sum;
+}
+
 constexpr int64_t kFewTokens = 16;  // of which these kernels are quicker than those for tiles of tokens
 
 // Calls `take(row, token, value)` with each product of a row and a token of `x`, in a team of threads; returns without
@@ -329,6 +380,11 @@ template <typename X, typename Take>
 void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t tokens, Take&& take) {
   with_type(a.type, [&](auto type) {
     using V = decltype(type);
+    if (by_places(a, tokens)) {
+#pragma omp for schedule(static) nowait
+      for (int64_t row = 0; row < a.rows; ++row) take(row, 0, dot_places<V>(a, row, x.from(first_token).floats(0)));
+      return;
+    }
     constexpr int64_t step = 4;
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < a.rows; row += step) {
@@ -360,7 +416,7 @@ template <typename X> void multiply_few(const NtMatrix& a, const X* x, X* y, int
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t token = 0; token < tokens; ++token) input.set<X>(a.type, token, x + token * a.columns, a.columns);
+    for (int64_t token = 0; token < tokens; ++token) input.set<X>(a, tokens, token, x + token * a.columns);
     each_row<X>(a, input, 0, tokens,
                 [&](int64_t row, int64_t token, float value) { store(value, y + token * a.rows + row); });
   }
