@@ -94,7 +94,7 @@ def test_one_token_by_the_columns_of_few_values(
     instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", instruction_set)
-    matrix = SparseMatrix.from_dense(random_matrix(90, 700, 0.03), values)
+    matrix = SparseMatrix.from_dense(random_matrix(90, 700, 0.02), values)
     kernel = native.KernelMatrix(matrix)
     assert kernel.structure.places
     assert not native.KernelMatrix(SparseMatrix.from_dense(random_matrix(90, 700, 0.1), values)).structure.places
