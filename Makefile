@@ -1,5 +1,6 @@
 # make demo   installs into .venv, trains on real text offline, evaluates, shows the result
 # make test   runs the tests
+# make wheel   builds a wheel into dist/, with the kernels for sparse inference compiled for this platform
 # make eval-data   fetches the data of zero-shot tasks, for evaluation without a hub
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CODE := nt_transformers recipes eval tests benchmarks
 
-.PHONY: install demo eval-data test test-slow quality style clean
+.PHONY: install demo wheel eval-data test test-slow quality style clean
 
 install: $(INSTALLED)
 
@@ -18,6 +19,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+wheel: $(INSTALLED)
+	NT_TRANSFORMERS_PREBUILT=1 $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 eval-data: $(INSTALLED)
 	$(BIN)/python -m nt_transformers.evaluation.prepare --output data/eval

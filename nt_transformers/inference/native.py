@@ -1,38 +1,25 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""The compiled kernels: built on first use, kept in a cache, called through ctypes."""
+"""The compiled kernels: of the wheel, or built on first use and kept in a cache; called through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .build import INSTRUCTION_SETS, build, library_name
 from .matrix import SparseMatrix
 
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).with_name("kernels")
-FLAGS = ("-O3", "-std=c++17", "-Wno-psabi", "-fPIC", "-shared", "-fopenmp")
-# The flags that each instruction set needs, and the processor features that it asks for.
-_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vbmi2", "-mavx512vnni")
-_AVX512_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni"}
-INSTRUCTION_SETS = {
-    "avx512_bf16": ((*_AVX512_FLAGS, "-mavx512bf16"), _AVX512_FEATURES | {"avx512_bf16"}),
-    "avx512": (_AVX512_FLAGS, _AVX512_FEATURES),
-    "avx2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
-    "portable": ((), set()),
-}
+# Where wheels hold kernels that were compiled beforehand.
+PREBUILT = Path(__file__).with_name("prebuilt")
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 # The types that activations and key-value caches may have.
 ACTIVATIONS = {torch.bfloat16: 0, torch.float32: 2}
@@ -163,28 +150,8 @@ def supported_instruction_sets() -> list[str]:
     return [name for name, (_, needed) in INSTRUCTION_SETS.items() if needed <= features]
 
 
-def build(name: str, output: Path) -> None:
-    """Compiles the kernels for an instruction set.
-
-    Raises:
-        OSError: there is no compiler, or it fails.
-    """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
-        raise OSError("no C++ compiler (g++, clang++ or $CXX) was found")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        built = Path(scratch) / output.name
-        command = [compiler, *FLAGS, *INSTRUCTION_SETS[name][0], str(SOURCES / "kernels.cpp"), "-o", str(built)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode != 0:
-            raise OSError(f"{' '.join(command)} failed:\n{run.stderr.strip()[-2000:]}")
-        # Whole or not at all, also if several processes compile at the same time.
-        built.replace(output)
-
-
 def kernels() -> ctypes.CDLL:
-    """The compiled kernels for this processor, compiled now if they never were.
+    """The kernels for this processor, compiled now if they never were.
 
     Raises:
         OSError: there is no compiler, or it fails.
@@ -193,12 +160,12 @@ def kernels() -> ctypes.CDLL:
 
 
 @functools.cache
-def _load(name: str) -> ctypes.CDLL:
-    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    digest = hashlib.sha256(sources + repr((FLAGS, INSTRUCTION_SETS[name][0])).encode()).hexdigest()
-    path = _cache_folder() / f"kernels-{name}-{platform.machine()}-{digest[:16]}.so"
-    if not path.exists():
-        build(name, path)
+def _load(instruction_set: str) -> ctypes.CDLL:
+    name = library_name(instruction_set)
+    path = next((folder / name for folder in (PREBUILT, _cache_folder()) if (folder / name).exists()), None)
+    if path is None:
+        path = _cache_folder() / name
+        build(instruction_set, path)
     library = ctypes.CDLL(str(path))
     pointer, integer, choice = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.nt_multiply.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, choice, integer, choice)

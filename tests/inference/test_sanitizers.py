@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nt_transformers.inference import native
+from nt_transformers.inference import build, native
 
 
 @pytest.mark.slow
@@ -19,9 +19,9 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(instruction_se
         pytest.skip("no C++ compiler")
     program = tmp_path / "check"
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    flags = ("-O1", "-g", "-std=c++17", "-fopenmp", *native.INSTRUCTION_SETS[instruction_set][0], *sanitizers)
+    flags = ("-O1", "-g", "-std=c++17", "-fopenmp", *build.INSTRUCTION_SETS[instruction_set][0], *sanitizers)
     source = Path(__file__).with_name("kernels_check.cpp")
-    command = [compiler, *flags, "-I", str(native.SOURCES), str(source), "-o", str(program)]
+    command = [compiler, *flags, "-I", str(build.SOURCES), str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:
         pytest.skip("the compiler comes without sanitizers")
