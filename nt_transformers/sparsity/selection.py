@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-# Values that are worked on at a time.
+# Values that a CPU works on at a time.
 _PIECE = 1 << 20
 
 
@@ -23,12 +23,12 @@ def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
 
 
 def pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Views of some rows of each of the tensors, which have the same shape.
+    """Views of some rows of each of the tensors, which have the same shape; of all rows at once but on CPUs.
 
     Done piece by piece, work on a large tensor stays in a CPU's cache and its intermediate results are small.
     """
     length, numel = len(tensors[0]), tensors[0].numel()
-    rows = max(_PIECE * length // max(numel, 1), 1)
+    rows = max(_PIECE * length // max(numel, 1), 1) if tensors[0].device.type == "cpu" else max(length, 1)
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
