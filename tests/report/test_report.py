@@ -4,6 +4,7 @@
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from browser import check_rendering
 
 from nt_transformers.report import draw_plots, load_results, render_page
-from nt_transformers.report.plots import PAGE
+from nt_transformers.report.plots import PAGE, PAPER, Artist
 
 
 pytest.importorskip("matplotlib")
@@ -112,6 +113,14 @@ def test_plots_of_a_study(study: Path) -> None:
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert set(re.findall(r"(?:fill|stroke): (#\w+)", drawn)) <= {"#000000"}
     assert {f"var(--series-{number})" for number in range(3)} <= set(re.findall(r"var\(--series-\d\)", drawn))
+
+
+def test_many_methods_look_different(study: Path) -> None:
+    results = load_results(study)
+    names = [f"method {number}" for number in range(20)]
+    artist = Artist(replace(results, rows=[{**results.rows[0], "method": name} for name in names]), PAPER)
+    assert len({(artist.colour(name), artist.marker(name)) for name in names}) == 20
+    assert len({(artist.colour(name), artist.line(name)) for name in names[:16]}) == 16
 
 
 def test_a_single_run(tmp_path: Path) -> None:

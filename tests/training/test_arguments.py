@@ -44,7 +44,8 @@ def test_every_configuration_with_every_variant(size: str, variant: str | None) 
     heads = {"single": 1}.get(str(variant), 3)
     assert config.model.num_ensemble_heads == heads
     assert (config.sparsity.method == "dense") == (variant in ("single", "treenet", "full_ensemble"))
-    assert (config.model.num_head_layers is None) == (variant == "full_ensemble")
+    undivided = variant in ("full_ensemble", "sparse_ensemble") or size == "demo"
+    assert (config.model.num_head_layers is None) == undivided
 
 
 def parameters(config: TextTrainingConfig) -> tuple[int, int]:
