@@ -24,7 +24,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from nt_transformers.data.images import ImageDataConfig
 from nt_transformers.models import NeuroTrailsLlamaForCausalLM
 from nt_transformers.sparsity import Sparsifier, SparsityConfig
 from nt_transformers.training import LlamaArguments, TextTrainingConfig
+from nt_transformers.training.config import TrainingConfig
 from nt_transformers.training.optimization import build_optimizer
 from nt_transformers.training.plan import Hardware
 from nt_transformers.training.vision import ClassifierArguments, VisionTrainingConfig
@@ -122,14 +123,19 @@ def training_config(model: dict[str, Any], batch_size: int = 8, **options: Any) 
 
 
 def train(config: TextTrainingConfig) -> None:
-    """The steps of the run on random tokens, with a topology update after the first."""
+    """The steps of the run on random tokens."""
     model = NeuroTrailsLlamaForCausalLM(config.model.outline("unused")).train()
     config.prepare(model)
+    tokens = torch.randint(model.config.vocab_size, (config.per_device_batch_size, config.data.sequence_length))
+    take_steps(model, config, lambda: config.loss(model, alone=True, input_ids=tokens, labels=tokens)[0])
+
+
+def take_steps(model: torch.nn.Module, config: TrainingConfig, loss: Callable[[], torch.Tensor]) -> None:
+    """The steps of a run, with a topology update after the first."""
     optimizer = build_optimizer(model, config)
     sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=STEPS)
-    tokens = torch.randint(model.config.vocab_size, (config.per_device_batch_size, config.data.sequence_length))
     for _ in range(STEPS):
-        config.loss(model, alone=True, input_ids=tokens, labels=tokens)[0].backward()
+        loss().backward()
         optimizer.step()
         sparsifier.step()
         optimizer.zero_grad()
@@ -154,20 +160,14 @@ def image_config(
 
 
 def train_images(config: VisionTrainingConfig) -> None:
-    """The steps of the run on random images, with a topology update after the first."""
+    """The steps of the run on random images."""
     classes = config.data.class_names()
     model = config.model.build(config.data, classes).train()
     torch.nn.Module.to(model, memory_format=config.memory_format)
-    optimizer = build_optimizer(model, config)
-    sparsifier = Sparsifier(model, optimizer, config.sparsity, total_steps=STEPS)
     shape = config.per_device_batch_size, config.data.num_channels, config.data.image_size, config.data.image_size
     images = torch.randn(shape).contiguous(memory_format=config.memory_format)
     labels = torch.eye(len(classes))[torch.randint(len(classes), (len(images),))]
-    for _ in range(STEPS):
-        model(images, labels=labels).loss.backward()
-        optimizer.step()
-        sparsifier.step()
-        optimizer.zero_grad()
+    take_steps(model, config, lambda: model(images, labels=labels).loss)
 
 
 @contextmanager

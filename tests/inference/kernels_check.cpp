@@ -61,7 +61,8 @@ template <typename V> struct Random {
     if (!kept.empty()) std::memcpy(values.data(), kept.data(), kept.size() * sizeof(V));
     const bool scaled = type == kInt8;
     matrix = {rows, columns, sparse ? bitmap.data() : nullptr, values.data(), starts.data(),
-              scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr, sparse && draw(0, 1) ? places.data() : nullptr, type};
+              scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr,
+              sparse && draw(0, 1) ? places.data() : nullptr, type};
   }
 };
 

@@ -13,13 +13,22 @@ from nt_transformers.inference.matrix import DTYPES, READ_AHEAD, Values
 
 
 SHAPES = [(1, 1), (3, 31), (2, 32), (5, 33), (70, 130), (129, 257)]
-DENSITIES = [0, 0.02, 0.2, 0.5, 0.9, 1]
+DENSITIES = [0, 0.02, 0.05, 0.2, 0.5, 0.9, 1]
 
 
 def random_matrix(rows: int, columns: int, density: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     weight = torch.randn(rows, columns, generator=generator)
     return weight * (torch.rand(rows, columns, generator=generator) < density)
+
+
+def random_tokens(tokens: int, columns: int) -> torch.Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+
+
+@pytest.fixture(params=native.supported_instruction_sets())
+def _each_instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", request.param)
 
 
 @pytest.mark.parametrize("values", get_args(Values))
@@ -47,12 +56,9 @@ def test_size_is_that_of_the_values_and_one_bit_a_weight(values: Values) -> None
     assert matrix.nbytes <= 1.02 * (matrix.nonzeros * DTYPES[values].itemsize + weight.numel() / 8)
 
 
-@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
+@pytest.mark.usefixtures("_each_instruction_set")
 @pytest.mark.parametrize("values", get_args(Values))
-def test_products_equal_those_of_the_dense_matrix(
-    instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", instruction_set)
+def test_products_equal_those_of_the_dense_matrix(values: Values) -> None:
     for rows, columns in SHAPES:
         for density in DENSITIES:
             for sparse in (True, False):
@@ -60,23 +66,20 @@ def test_products_equal_those_of_the_dense_matrix(
                 kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
                 assert torch.equal(kernel.to_dense(), matrix.to_dense().float())
                 for tokens in (0, 1, 2, 3, 17, 33, 130):
-                    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
+                    x = random_tokens(tokens, columns)
                     expected = (x.double() @ dense.T).float()
                     torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
+@pytest.mark.usefixtures("_each_instruction_set")
 @pytest.mark.parametrize("values", get_args(Values))
-def test_products_with_bfloat16_activations(
-    instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", instruction_set)
+def test_products_with_bfloat16_activations(values: Values) -> None:
     for rows, columns in SHAPES:
         for density in (0, 0.2, 0.9):
             matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values)
             kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
             for tokens in (1, 2, 7, 16, 17, 33, 130):
-                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+                x = random_tokens(tokens, columns).bfloat16()
                 expected = (x.double() @ dense.T).float()
                 y = kernel.multiply(x)
                 assert y.dtype == torch.bfloat16
@@ -88,18 +91,15 @@ def test_products_with_bfloat16_activations(
                 )
 
 
-@pytest.mark.parametrize("instruction_set", native.supported_instruction_sets())
+@pytest.mark.usefixtures("_each_instruction_set")
 @pytest.mark.parametrize("values", get_args(Values))
-def test_one_token_by_the_columns_of_few_values(
-    instruction_set: str, values: Values, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", instruction_set)
+def test_one_token_by_the_columns_of_few_values(values: Values) -> None:
     matrix = SparseMatrix.from_dense(random_matrix(90, 700, 0.02), values)
     kernel = native.KernelMatrix(matrix)
     assert kernel.structure.places
     assert not native.KernelMatrix(SparseMatrix.from_dense(random_matrix(90, 700, 0.1), values)).structure.places
     for dtype in native.ACTIVATIONS:
-        x = torch.randn(1, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x = random_tokens(1, 700).to(dtype)
         expected = (x.double() @ matrix.to_dense().double().T).to(dtype)
         torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=1e-5)
 
