@@ -162,9 +162,9 @@ def prefill_seconds(models: dict[str, PreTrainedModel], names: Iterable[str], ro
 
 
 def linear_bandwidth(model: PreTrainedModel, rounds: int) -> float:
-    """Bytes of the linear layers over the median time of their products with one vector each."""
+    """Bytes of the linear layers over the median time of their products with one vector each, of the model's type."""
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    inputs = {layer.in_features: torch.randn(1, layer.in_features) for layer in layers}
+    inputs = {layer.in_features: torch.randn(1, layer.in_features, dtype=model.dtype) for layer in layers}
 
     def multiply() -> None:
         for layer in layers:

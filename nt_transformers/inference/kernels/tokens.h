@@ -99,31 +99,39 @@ template <typename P> class Unpacked {
 #endif
 };
 
-// Adds the weights of one row times their rows of `x` [columns, Width] to `y` [Width].
+// Adds the weights of one row times their rows of `x` [columns, Width] to `y` [Width]. Inlined, and its loops unrolled:
+// GCC would keep the sums in memory.
 template <int Width>
-void accumulate(const float* values, const uint16_t* columns, int64_t count, const float* x, float* y) {
+inline __attribute__((always_inline)) void accumulate(const float* values, const uint16_t* columns, int64_t count,
+                                                      const float* x, float* y) {
   constexpr int registers = Width / kLanes;
   Lanes sums[registers];
+#pragma GCC unroll 4
   for (int r = 0; r < registers; ++r) sums[r] = load_lanes(y + r * kLanes);
   for (int64_t i = 0; i < count; ++i) {
     const float* row = x + columns[i] * Width;
     const float value = values[i];
+#pragma GCC unroll 4
     for (int r = 0; r < registers; ++r) sums[r] += value * load_lanes(row + r * kLanes);
   }
+#pragma GCC unroll 4
   for (int r = 0; r < registers; ++r) store_lanes(sums[r], y + r * kLanes);
 }
 
 #if NT_BF16
 template <int Width>
-void accumulate(const BFloat16* values, const uint16_t* columns, int64_t count, const BFloat16* x, float* y) {
+inline __attribute__((always_inline)) void accumulate(const BFloat16* values, const uint16_t* columns, int64_t count,
+                                                      const BFloat16* x, float* y) {
   constexpr int registers = Width / kLanes;
   __m512 sums[registers];
+#pragma GCC unroll 4
   for (int r = 0; r < registers; ++r) sums[r] = _mm512_load_ps(y + r * kLanes);
   for (int64_t i = 0; i < count; i += 2) {
     const BFloat16 *first = x + columns[i] * Width, *second = x + columns[i + 1] * Width;
     int32_t both;
     std::memcpy(&both, values + i, sizeof both);
     const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+#pragma GCC unroll 4
     for (int r = 0; r < registers; r += 2) {
       const __m512i one = _mm512_load_si512(first + r * kLanes), other = _mm512_load_si512(second + r * kLanes);
       const __m512i lower = _mm512_unpacklo_epi16(one, other), upper = _mm512_unpackhi_epi16(one, other);
@@ -131,6 +139,7 @@ void accumulate(const BFloat16* values, const uint16_t* columns, int64_t count, 
       sums[r + 1] = _mm512_dpbf16_ps(sums[r + 1], pair, reinterpret_cast<__m512bh>(upper));
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < registers; ++r) _mm512_store_ps(y + r * kLanes, sums[r]);
 }
 #endif

@@ -20,7 +20,8 @@ namespace {
 
 template <int N> using Constant = std::integral_constant<int, N>;
 
-constexpr int64_t kPrefetch = 4096;  // bytes ahead; shorter leaves bandwidth unused
+// Bytes ahead; shorter leaves bandwidth unused. Bitmaps are read more slowly than values.
+constexpr int64_t kPrefetch = 6144, kPrefetchBitmap = 2048;
 constexpr int64_t kInputStep = 64;   // columns that inputs are padded to
 
 // Bytes of an activation that int8 values are multiplied with.
@@ -157,6 +158,7 @@ inline void spread(uint32_t bits, const float* values, __m512* halves) {
 template <typename V, typename X, int T> struct Dot {
   using Bits = uint32_t;
   static constexpr int chains = T <= 2 ? 2 : 1;  // enough independent sums to hide the latency of an addition
+  static constexpr int registers = T * chains;
   __m512 sums[T][chains] = {};
   void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
     __m512 halves[2];
@@ -178,6 +180,7 @@ template <typename V, typename X, int T> struct Dot {
 
 template <int T> struct Dot<BFloat16, BFloat16, T> {
   using Bits = uint32_t;
+  static constexpr int registers = T;
   __m512 sums[T] = {};
   void add(Bits bits, const BFloat16* values, const Tokens& x, int64_t column) {
     const __m512bh weights = reinterpret_cast<__m512bh>(expand(bits, &values->bits));
@@ -193,7 +196,7 @@ template <int T> struct Dot<BFloat16, BFloat16, T> {
 // Integer products with the digits of x. No sum overflows below a million columns.
 template <typename X, int T> struct Dot<int8_t, X, T> {
   using Bits = uint64_t;
-  static constexpr int digits = kDigits<X>;
+  static constexpr int digits = kDigits<X>, registers = T * digits;
   __m512i sums[T][digits] = {};
   void add(Bits bits, const int8_t* values, const Tokens& x, int64_t column) {
     const __m512i weights = expand(bits, values);
@@ -249,7 +252,7 @@ inline __m256 load8(const int8_t* values) {
 
 template <typename V, typename X, int T> struct Dot {
   using Bits = uint32_t;
-  static constexpr int chains = T == 1 ? 4 : T == 2 ? 2 : 1;
+  static constexpr int chains = T == 1 ? 4 : T == 2 ? 2 : 1, registers = T * chains;
   __m256 sums[T][chains] = {};
   void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
     for (int part = 0; part < 4; ++part) {
@@ -278,6 +281,7 @@ template <typename V, typename X, int T> struct Dot {
 
 template <typename V, typename X, int T> struct Dot {
   using Bits = uint32_t;
+  static constexpr int registers = T;
   float sums[T] = {};
   void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
     for (; bits; bits &= bits - 1) {
@@ -291,7 +295,22 @@ template <typename V, typename X, int T> struct Dot {
 #endif
 #endif
 
-// y [Rows, stride] = the products of as many rows with T tokens; several rows at a time share the loads of x.
+// Fetches memory that will be read `ahead` bytes further on, `step` bytes with each call.
+class Prefetch {
+ public:
+  Prefetch(const void* from, int64_t ahead, int64_t step) : next_(static_cast<const char*>(from) + ahead), step_(step) {}
+  void operator()() {
+    for (int64_t line = 0; line < step_; line += 64) __builtin_prefetch(next_ + line);
+    next_ += step_;
+  }
+
+ private:
+  const char* next_;
+  int64_t step_;
+};
+
+// y [Rows, stride] = the products of as many rows with T tokens; several rows at a time share the loads of x. Loops over
+// rows are unrolled because GCC would write the sums to memory in every step.
 template <typename V, typename X, int Rows, int T>
 void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t stride) {
   using Sum = Dot<V, X, T>;
@@ -300,29 +319,44 @@ void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t
   const int64_t words = words_per_row(a.columns);
   const V* values[Rows];
   Sum dots[Rows];
+#pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) values[r] = static_cast<const V*>(a.values) + a.starts[row + r];
+  // All rows at once, which lie one behind the other: each by itself would fetch what another one is reading.
+  const int64_t bytes = (a.starts[row + Rows] - a.starts[row]) * sizeof(V);
+  const int64_t steps = std::max<int64_t>(1, words * kBits / width);
+  Prefetch fetch_values(values[0], std::max(kPrefetch, bytes), bytes / steps);
   const auto add = [&](int r, Bits bits, int64_t column) {
-    __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + kPrefetch);
     dots[r].add(bits, values[r], x, column);
     values[r] += __builtin_popcountll(bits);
   };
   int64_t column = 0;
   if (a.bitmap == nullptr) {
-    for (; column + width <= a.columns; column += width)
+    for (; column + width <= a.columns; column += width) {
+      fetch_values();
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) add(r, ~Bits{0}, column);
-    if (column < a.columns)
-      for (int r = 0; r < Rows; ++r) add(r, (Bits{1} << (a.columns - column)) - 1, column);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+      if (column < a.columns) add(r, (Bits{1} << (a.columns - column)) - 1, column);
   } else {
     const uint32_t* bitmap = a.bitmap + row * words;
-    for (; column + width <= words * kBits; column += width)
+    Prefetch fetch_bitmap(bitmap, kPrefetchBitmap, Rows * sizeof(Bits));
+    for (; column + width <= words * kBits; column += width) {
+      fetch_values();
+      fetch_bitmap();
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         Bits bits;
         std::memcpy(&bits, bitmap + r * words + column / kBits, sizeof bits);
         add(r, bits, column);
       }
-    if (column < words * kBits)
-      for (int r = 0; r < Rows; ++r) add(r, bitmap[r * words + words - 1], column);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+      if (column < words * kBits) add(r, bitmap[r * words + words - 1], column);
   }
+#pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r)
     for (int t = 0; t < T; ++t) y[r * stride + t] = dots[r].total(t, a, row + r, x);
 }
@@ -372,6 +406,7 @@ template <typename V> float dot_places(const NtMatrix& a, int64_t row, const flo
   return a.scales ? sum * a.scales[row] : sum;
 }
 
+constexpr int kRegisters = 16;  // for sums, of all rows that are multiplied together
 constexpr int64_t kFewTokens = 16;  // of which these kernels are quicker than those for tiles of tokens
 
 // Calls `take(row, token, value)` with each product of a row and a token of `x`, in a team of threads; returns without
@@ -394,14 +429,16 @@ void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t to
         dot_rows<V, X, r, t>(a, row + offset, x.from(first_token + token), y + offset * kFewTokens + token, kFewTokens);
       };
       const auto some = [&](auto t, int64_t token) {
-        constexpr int together = t == 8 ? 2 : 4;
+        constexpr int registers = Dot<V, X, t>::registers;
+        constexpr int together = 4 * registers <= kRegisters ? 4 : 2 * registers <= kRegisters ? 2 : 1;
         int64_t offset = 0;
         for (; offset + together <= rows; offset += together) dots(Constant<together>{}, t, offset, token);
         for (; offset < rows; ++offset) dots(Constant<1>{}, t, offset, token);
       };
       int64_t token = 0;
-      for (; token + 8 <= tokens; token += 8) some(Constant<8>{}, token);
-      if ((tokens - token) & 4) some(Constant<4>{}, token), token += 4;
+      if constexpr (2 * Dot<V, X, 8>::registers <= kRegisters)
+        for (; token + 8 <= tokens; token += 8) some(Constant<8>{}, token);
+      for (; token + 4 <= tokens; token += 4) some(Constant<4>{}, token);
       if ((tokens - token) & 2) some(Constant<2>{}, token), token += 2;
       if ((tokens - token) & 1) some(Constant<1>{}, token);
       for (int64_t r = 0; r < rows; ++r)
