@@ -80,6 +80,7 @@ class SparseWeightsQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        Decoder.remove(model)
         for name, layer in _sparse_layers(model):
             model.set_submodule(name, layer.to_linear().to(dtype))
         return model

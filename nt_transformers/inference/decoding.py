@@ -1,5 +1,5 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""Decoding of a few tokens as one call for all decoder layers of a compressed model.
+"""Decoding, and reading of prompts, as one call for all decoder layers of a compressed model.
 
 A token takes a thousand small operations, each of which costs torch several microseconds: as much time in all as the
 arithmetic. Here the whole stack (norms, rotary embedding, attention, key-value cache) is one parallel region.
@@ -8,8 +8,7 @@ arithmetic. Here the whole stack (norms, rotary embedding, attention, key-value 
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,10 +20,6 @@ from ..models.neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..models.neurotrails_llama.modeling_neurotrails_llama import NeuroTrailsModelOutputWithPast
 from . import native, products
 from .linear import SparseLinear
-
-
-# What the kernels have room for: tokens of all texts together.
-FEW_TOKENS = 16
 
 
 class GrowingLayer(DynamicLayer):
@@ -39,6 +34,13 @@ class GrowingLayer(DynamicLayer):
         assert layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
         self._hold(layer.keys, layer.values)
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, size: int, dtype: torch.dtype) -> GrowingLayer:
+        """Without a token yet, for keys and values [batch, heads, tokens, size]."""
+        layer = DynamicLayer()
+        layer.keys, layer.values = torch.empty(2, batch, heads, 0, size, dtype=dtype)
+        return cls(layer)
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` tokens; others may have replaced keys and values since."""
@@ -122,7 +124,7 @@ class _Tokens(ctypes.Structure):
 
 
 class Decoder:
-    """Takes over `model.model.forward` for a few more tokens of cached texts; everything else goes the usual way.
+    """Takes over `model.model.forward` wherever the kernels can do it and are as quick; the rest goes the usual way.
 
     Args:
         model: A compressed `NeuroTrailsLlamaForCausalLM`.
@@ -167,6 +169,12 @@ class Decoder:
             decoder = cls(cast(NeuroTrailsLlamaForCausalLM, model))
             decoder.model.forward = decoder.forward
 
+    @classmethod
+    def remove(cls, model: nn.Module) -> None:
+        """Undoes `install`."""
+        if isinstance(model, NeuroTrailsLlamaForCausalLM) and cls.of(model) is not None:
+            del cast(Any, model.model).forward
+
     @staticmethod
     def of(model: NeuroTrailsLlamaForCausalLM) -> Decoder | None:
         """The decoder that is installed in a model."""
@@ -176,31 +184,33 @@ class Decoder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `NeuroTrailsLlamaModel.forward`."""
         config, heads = self.model.config, self.model.active_heads
-        cached = self._cached(config.num_backbone_layers + len(heads) * config.num_head_layers, args, kwargs)
-        if cached is None or not self._is_quicker(True, tuple(heads), kwargs["input_ids"].numel()):
+        cache = self._cache(kwargs)
+        cached = self._cached(cache, config.num_backbone_layers + len(heads) * config.num_head_layers, args, kwargs)
+        if cached is None:
             return self._usual_forward(*args, **kwargs)
         owners = [self.model] if config.num_backbone_layers > 0 else [cast(Any, self.model.heads[m]) for m in heads]
         stems = torch.stack([owner.embed_tokens(kwargs["input_ids"]) for owner in owners])
         rotary = self._rotary(stems[0], kwargs.get("position_ids"), cached)
-        hidden = self._run(True, tuple(heads), stems, rotary, cached)
+        hidden = self._run(True, heads, stems, rotary, cached)
         return NeuroTrailsModelOutputWithPast(
-            last_hidden_state=hidden.mean(0), past_key_values=kwargs["past_key_values"], head_hidden_states=hidden
+            last_hidden_state=hidden.mean(0), past_key_values=cache, head_hidden_states=hidden
         )
 
     def run_backbone(self, **kwargs: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
-        """As `NeuroTrailsLlamaModel.run_backbone`."""
-        cached = self._cached(self.model.config.num_backbone_layers, (), kwargs)
-        if cached is None or not cached.layers or not self._is_quicker(True, (), kwargs["input_ids"].numel()):
+        """As `NeuroTrailsLlamaModel.run_backbone`; heads on its result are to be run by `run_head`."""
+        cache = self._cache(kwargs)
+        cached = self._cached(cache, self.model.config.num_backbone_layers, (), kwargs)
+        if cached is None or not cached.layers:
             return self.model.run_backbone(**kwargs)
         embedding = self.model.embed_tokens(kwargs["input_ids"])
         rotary = self._rotary(embedding, kwargs.get("position_ids"), cached)
-        stem = self._run(True, (), embedding, rotary, cached)[0]
+        stem = self._run(True, [], embedding, rotary, cached)[0]
         return [stem] * len(self.model.active_heads), {
             "depth": self.model.config.num_head_layers,
             "position_embeddings": rotary,
             "position_ids": kwargs.get("position_ids"),
-            "past_key_values": kwargs["past_key_values"],
-            "use_cache": True,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
         }
 
     def run_head(
@@ -217,13 +227,23 @@ class Decoder:
         head, depth = cast(Any, self.model.heads[m]), head_kwargs["depth"]
         if not 0 < depth == len(head.layers):
             return None
-        first = head.layers[0].self_attn.layer_idx
-        cached = _Cached.of(head_kwargs["past_key_values"], first, depth, stem.shape[:2], padding_mask)
-        if cached is None or not self._is_quicker(False, (m,), stem.shape[:2].numel()):
+        first, cache = head.layers[0].self_attn.layer_idx, head_kwargs["past_key_values"]
+        if not self._is_quicker(False, [m], stem.shape[:2].numel()):
             return None
-        return self._run(False, (m,), stem, head_kwargs["position_embeddings"], cached)[0]
+        cached = _Cached.of(cache, first, depth, stem.shape[:2], padding_mask, self._empty_layer)
+        if cached is None:
+            return None
+        return self._run(False, [m], stem, head_kwargs["position_embeddings"], cached)[0]
 
-    def _cached(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Cached | None:
+    def _cache(self, kwargs: dict[str, Any]) -> Cache | None:
+        """The one that a call fills: given, new or none."""
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        use_cache = self.model.config.use_cache if use_cache is None else use_cache
+        return DynamicCache() if cache is None and use_cache else cache
+
+    def _cached(
+        self, cache: Cache | None, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Cached | None:
         """The cache's first layers, ready for more tokens; None where this call has to go the usual way."""
         tokens, config = kwargs.get("input_ids"), self.model.config
         if not isinstance(tokens, torch.Tensor):
@@ -231,28 +251,33 @@ class Decoder:
         simple = (
             not args
             and kwargs.get("inputs_embeds") is None
+            and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
             and not any(
                 kwargs.get(name, getattr(config, name)) for name in ("output_hidden_states", "output_attentions")
             )
         )
-        if not simple:
+        if not simple or not self._is_quicker(True, self.model.active_heads, tokens.numel()):
             return None
-        return _Cached.of(kwargs.get("past_key_values"), 0, depth, tokens.shape, kwargs.get("attention_mask"))
+        return _Cached.of(cache, 0, depth, tokens.shape, kwargs.get("attention_mask"), self._empty_layer)
 
-    def _is_quicker(self, backbone: bool, heads: tuple[int, ...], tokens: int) -> bool:
+    def _empty_layer(self, batch: int) -> GrowingLayer:
+        config = self.model.config
+        return GrowingLayer.empty(batch, config.num_key_value_heads, config.head_dim, self.model.dtype)
+
+    def _is_quicker(self, backbone: bool, heads: Sequence[int], tokens: int) -> bool:
         """Whether the kernels multiply so many tokens in all of these layers at least as quickly as torch."""
-        key = backbone, heads, tokens, torch.get_num_threads()
+        key = backbone, tuple(heads), tokens, torch.get_num_threads()
         if key not in self._quicker:
             layers = (layer for module in self._modules(backbone, heads) for layer in module.modules())
-            self._quicker[key] = not any(
+            self._quicker[key] = tokens > 0 and not any(
                 products.quicker_dense(layer.kernel, tokens, self.model.dtype)
                 for layer in layers
                 if isinstance(layer, SparseLinear)
             )
         return self._quicker[key]
 
-    def _modules(self, backbone: bool, heads: tuple[int, ...]) -> list[nn.Module]:
+    def _modules(self, backbone: bool, heads: Sequence[int]) -> list[nn.Module]:
         return _decoder_layers(self.model, heads)[0 if backbone else self.model.config.num_backbone_layers :]
 
     def _rotary(
@@ -266,12 +291,12 @@ class Decoder:
     def _run(
         self,
         backbone: bool,
-        heads: tuple[int, ...],
+        heads: Sequence[int],
         stems: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         cached: _Cached,
     ) -> torch.Tensor:
-        """A few tokens through the backbone, some heads or both: [heads, batch, seq, hidden] in the model's dtype."""
+        """Tokens through the backbone, some heads or both: [heads, batch, seq, hidden] in the model's dtype."""
         stems = stems.float().contiguous()
         batch, length = stems.shape[-3:-1]
         cosine, sine = (part.expand(batch, -1, -1).float().contiguous() for part in rotary)
@@ -300,12 +325,13 @@ class Decoder:
             layer.extend(cached.filled + length)
         return out.to(self.model.dtype)
 
-    def _plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
-        if (backbone, heads) not in self._plans:
-            self._plans[backbone, heads] = self._build_plan(backbone, heads)
-        return self._plans[backbone, heads]
+    def _plan(self, backbone: bool, heads: Sequence[int]) -> _Plan:
+        key = backbone, tuple(heads)
+        if key not in self._plans:
+            self._plans[key] = self._build_plan(backbone, heads)
+        return self._plans[key]
 
-    def _build_plan(self, backbone: bool, heads: tuple[int, ...]) -> _Plan:
+    def _build_plan(self, backbone: bool, heads: Sequence[int]) -> _Plan:
         config = self.model.config
         layers = self._describe_all(self._modules(backbone, heads))
         # A backbone by itself is one stream without a final norm.
@@ -357,12 +383,12 @@ def _decoder_layers(model: Any, heads: Any) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _Cached:
-    """What the kernels need to know of a filled cache.
+    """What the kernels need to know of a cache.
 
     Args:
-        layers: Some of its layers.
+        layers: Some of its layers; without a cache the same one again and again, which each decoder layer writes over.
         filled: How many tokens there are of each text.
-        starts: int64 [batch], how many of these are padding, at the beginning.
+        starts: int64 [batch], how many tokens of each text are padding, at the beginning.
     """
 
     layers: list[GrowingLayer]
@@ -371,40 +397,52 @@ class _Cached:
 
     @classmethod
     def of(
-        cls, cache: Cache | None, first: int, depth: int, shape: Sequence[int], padding_mask: object
+        cls,
+        cache: Cache | None,
+        first: int,
+        depth: int,
+        shape: Sequence[int],
+        padding_mask: object,
+        empty: Callable[[int], GrowingLayer],
     ) -> _Cached | None:
         """`depth` layers of a dynamic cache, turned into growing ones, for `shape` [batch, seq] more tokens; None for
-        another kind of cache or mask, and for more tokens than a few."""
-        if not isinstance(cache, DynamicCache) or len(cache.layers) < first + depth or math.prod(shape) > FEW_TOKENS:
-            return None
-        layers = cast(list[DynamicLayer], cache.layers[first : first + depth])
-        if not all(_may_grow(layer, shape[0]) for layer in layers):
-            return None
-        filled = layers[0].get_seq_length() if layers else 0
-        starts = _left_padding(padding_mask, shape[0], filled)
+        another kind of cache or mask. `empty` makes a layer for a batch."""
+        batch = shape[0]
+        starts = _left_padding(padding_mask, batch)
         if starts is None:
             return None
-        for slot, layer in enumerate(layers, start=first):
-            if not isinstance(layer, GrowingLayer):
-                cache.layers[slot] = GrowingLayer(layer)
-        return cls(cast(list[GrowingLayer], cache.layers[first : first + depth]), filled, starts)
+        if cache is None:
+            return cls([empty(batch)] * depth, 0, starts)
+        if not isinstance(cache, DynamicCache):
+            return None
+        # Some caches make their layers as they are used.
+        cache.layers += [DynamicLayer() for _ in range(first + depth - len(cache.layers))]
+        slots = slice(first, first + depth)
+        layers = cast(list[DynamicLayer], cache.layers[slots])
+        filled = layers[0].get_seq_length() if layers else 0
+        if not all(_may_grow(layer, batch, filled) for layer in layers):
+            return None
+        growing = [_grow(layer) if filled else empty(batch) for layer in layers]
+        cache.layers[slots] = growing
+        return cls(growing, filled, starts)
 
 
-def _may_grow(layer: DynamicLayer, batch: int) -> bool:
-    return (
-        type(layer) in (DynamicLayer, GrowingLayer)
-        and layer.get_seq_length() > 0
-        and cast(torch.Tensor, layer.keys).shape[0] == batch
-        and cast(torch.Tensor, layer.keys).dtype in native.ACTIVATIONS
-    )
+def _may_grow(layer: DynamicLayer, batch: int, filled: int) -> bool:
+    if type(layer) not in (DynamicLayer, GrowingLayer) or layer.get_seq_length() != filled:
+        return False
+    keys = cast(torch.Tensor, layer.keys)
+    return filled == 0 or (keys.shape[0] == batch and keys.dtype in native.ACTIVATIONS)
 
 
-def _left_padding(mask: object, batch: int, filled: int) -> torch.Tensor | None:
-    """How many of the `filled` tokens of each text are padding, all at its beginning; None for any other mask."""
+def _grow(layer: DynamicLayer) -> GrowingLayer:
+    return layer if isinstance(layer, GrowingLayer) else GrowingLayer(layer)
+
+
+def _left_padding(mask: object, batch: int) -> torch.Tensor | None:
+    """How many tokens of each text are padding, all at its beginning; None for any other mask."""
     if mask is None:
         return torch.zeros(batch, dtype=torch.int64)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
     seen = mask != 0
-    starts = (~seen).sum(1)
-    return starts if bool((starts <= filled).all()) and bool((seen[:, 1:] >= seen[:, :-1]).all()) else None
+    return (~seen).sum(1) if bool((seen[:, 1:] >= seen[:, :-1]).all()) else None

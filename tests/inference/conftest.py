@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_transformers.inference import products
+from nt_transformers.inference import native, products
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +23,11 @@ def kernels_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch counts as slower, whatever this machine is busy with."""
     monkeypatch.setattr(products, "_timed", {})
     monkeypatch.setattr(products, "MARGIN", 0)
+
+
+@pytest.fixture(params=native.supported_instruction_sets())
+def _each_instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", request.param)
 
 
 MakeModel = Callable[..., NeuroTrailsLlamaForCausalLM]

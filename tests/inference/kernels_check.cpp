@@ -95,9 +95,10 @@ template <typename V> void check(Type type, int64_t rows, int64_t columns, doubl
     }
 }
 
-// A few tokens of two texts through a small network, for the sanitizers alone: test_compress.py compares the numbers.
-template <typename C> void decode_some(Type type, Type cache_type) {
-  constexpr int64_t hidden = 48, inner = 50, heads = 3, depth = 2, layers = 1 + heads * depth, capacity = 21, texts = 2, length = 3;
+// Tokens of two texts through a small network, for the sanitizers alone: test_prompts.py compares the numbers.
+template <typename C> void decode_some(Type type, Type cache_type, int64_t length) {
+  constexpr int64_t hidden = 48, inner = 50, heads = 3, depth = 2, layers = 1 + heads * depth, texts = 2;
+  const int64_t capacity = 7 * length;
   std::vector<Random<int8_t>> int8;
   std::vector<Random<BFloat16>> bfloat16;
   int8.reserve(7 * layers), bfloat16.reserve(7 * layers);
@@ -120,7 +121,7 @@ template <typename C> void decode_some(Type type, Type cache_type) {
                        cache_type == kBFloat16};
   const int64_t starts[texts] = {0, 2};
   std::vector<float> out(heads * texts * length * hidden);
-  for (int64_t filled = 3; filled + length <= capacity; filled += length) {
+  for (int64_t filled = 0; filled + length <= capacity; filled += length) {
     const NtTokens tokens = {texts,  length, keys.data(), values.data(), capacity,
                              filled, starts, turn.data(), turn.data(),   cache_type};
     nt_decode(&plan, &tokens, stems.data(), out.data(), 2);
@@ -143,9 +144,10 @@ int main() {
         check<int8_t>(kInt8, rows, columns, density, tokens);
         products += 4;
       }
-  for (const Type type : {kBFloat16, kInt8}) {
-    decode_some<BFloat16>(type, kBFloat16);
-    decode_some<float>(type, kFloat32);
-  }
+  for (const Type type : {kBFloat16, kInt8})
+    for (const int64_t length : {3, 20, 90}) {
+      decode_some<BFloat16>(type, kBFloat16, length);
+      decode_some<float>(type, kFloat32, length);
+    }
   std::printf("%d products\n", products);
 }

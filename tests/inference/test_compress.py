@@ -182,6 +182,7 @@ def test_dense_again(make_model, tmp_path) -> None:
     model = make_model()
     dense = compress(copy.deepcopy(model), "fp32").dequantize()
     assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
+    assert_same_generation(generate(dense), generate(model))
     dense.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(generate(again).sequences, generate(model).sequences)

@@ -26,11 +26,6 @@ def random_tokens(tokens: int, columns: int) -> torch.Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
 
 
-@pytest.fixture(params=native.supported_instruction_sets())
-def _each_instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", request.param)
-
-
 @pytest.mark.parametrize("values", get_args(Values))
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize("density", DENSITIES)

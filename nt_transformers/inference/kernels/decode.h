@@ -245,8 +245,11 @@ template <typename C, typename X> class Decoding {
       for (int64_t q = head * group; q < (head + 1) * group; ++q) {
         float* const query = at(query_, index) + q * size;
         rotate(query, cosine, sine, size, turned);
-        attend(turned, keys + start * size, values + start * size, entry + 1 - start, size, p_.scaling,
-               scratch.scores.data(), query);
+        if (entry < start)  // padding
+          std::fill(query, query + size, 0.0f);
+        else
+          attend(turned, keys + start * size, values + start * size, entry + 1 - start, size, p_.scaling,
+                 scratch.scores.data(), query);
       }
     }
   }

@@ -6,8 +6,7 @@
 
 #include <omp.h>
 
-#include "decode.h"
-#include "tokens.h"
+#include "prompt.h"
 
 extern "C" {
 
@@ -32,18 +31,32 @@ void nt_to_dense(const NtMatrix* a, void* dense, int32_t type, int32_t threads) 
   });
 }
 
-// A few tokens through all layers: stems [1 or heads, tokens, hidden], the tokens' embeddings, one for each head where
-// there is no backbone, to out [heads, tokens, hidden], after the final norms. Keys and values are added to the cache.
+// Tokens through all layers: stems [1 or heads, tokens, hidden], the tokens' embeddings, one for each head where there is
+// no backbone, to out [heads, tokens, hidden], after the final norms. Keys and values are added to the cache,
+// whose layers may be one and the same for tokens that begin a text.
 void nt_decode(const NtPlan* plan, const NtTokens* tokens, const float* stems, float* out, int32_t threads) {
   omp_set_num_threads(threads);
-  const auto run = [&](auto cache) {
-    using C = decltype(cache);
-    if (plan->rounds)
-      Decoding<C, BFloat16>(*plan, *tokens).run(stems, out);
-    else
-      Decoding<C, float>(*plan, *tokens).run(stems, out);
+  const auto few = [&](auto cache, auto activation) {
+    Decoding<decltype(cache), decltype(activation)>(*plan, *tokens).run(stems, out);
   };
-  tokens->type == kBFloat16 ? run(BFloat16{}) : run(float{});
+  const auto many = [&](auto packed) {
+    using P = decltype(packed);
+    tokens->length > 32 ? run_prompt<64, P>(*plan, *tokens, stems, out) : run_prompt<32, P>(*plan, *tokens, stems, out);
+  };
+  // Where tokens are few, heads run side by side: not if layers share their memory for keys and values.
+  const bool shared = plan->backbone_depth + plan->heads * plan->head_depth > 1 && tokens->keys[0] == tokens->keys[1];
+  if (tokens->texts * tokens->length <= kFewTokens && !shared) {
+    if (plan->rounds)
+      tokens->type == kBFloat16 ? few(BFloat16{}, BFloat16{}) : few(float{}, BFloat16{});
+    else
+      tokens->type == kBFloat16 ? few(BFloat16{}, float{}) : few(float{}, float{});
+    return;
+  }
+#if NT_BF16
+  const int32_t type = plan->layers->query.type;
+  if (plan->rounds && (type == kBFloat16 || type == kInt8)) return many(BFloat16{});
+#endif
+  many(float{});
 }
 
 }  // extern "C"
