@@ -31,9 +31,9 @@ void nt_to_dense(const NtMatrix* a, void* dense, int32_t type, int32_t threads) 
   });
 }
 
-// Tokens through all layers: stems [1 or heads, tokens, hidden], the tokens' embeddings, one for each head where there is
-// no backbone, to out [heads, tokens, hidden], after the final norms. Keys and values are added to the cache,
-// whose layers may be one and the same for tokens that begin a text.
+// Tokens through all layers: stems [1 or heads, tokens, hidden], the tokens' embeddings, one for each head where there
+// is no backbone, to out [heads, tokens, hidden], after the final norms. Keys and values are added to the cache, whose
+// layers may be one and the same for tokens that begin a text.
 void nt_decode(const NtPlan* plan, const NtTokens* tokens, const float* stems, float* out, int32_t threads) {
   omp_set_num_threads(threads);
   const auto few = [&](auto cache, auto activation) {

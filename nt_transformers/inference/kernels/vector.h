@@ -121,7 +121,7 @@ class Input {
 
 #if NT_AVX512
 
-// The values of 32 or 64 columns, 0 where no weight exists. Zen 4's instructions wait for their destination, also where
+// The values of 32 or 64 columns, 0 where no weight exists. Zen's instructions wait for their destination, also where
 // they only clear it; here that is a zero that nothing has to be waited for, which makes them three times as quick.
 inline __m512i expand(uint32_t bits, const uint16_t* values) {
   __m512i spread = _mm512_setzero_si512();
@@ -298,7 +298,8 @@ template <typename V, typename X, int T> struct Dot {
 // Fetches memory that will be read `ahead` bytes further on, `step` bytes with each call.
 class Prefetch {
  public:
-  Prefetch(const void* from, int64_t ahead, int64_t step) : next_(static_cast<const char*>(from) + ahead), step_(step) {}
+  Prefetch(const void* from, int64_t ahead, int64_t step)
+      : next_(static_cast<const char*>(from) + ahead), step_(step) {}
   void operator()() {
     for (int64_t line = 0; line < step_; line += 64) __builtin_prefetch(next_ + line);
     next_ += step_;
@@ -309,8 +310,8 @@ class Prefetch {
   int64_t step_;
 };
 
-// y [Rows, stride] = the products of as many rows with T tokens; several rows at a time share the loads of x. Loops over
-// rows are unrolled because GCC would write the sums to memory in every step.
+// y [Rows, stride] = the products of as many rows with T tokens; several rows at a time share the loads of x. Loops
+// over rows are unrolled because GCC would write the sums to memory in every step.
 template <typename V, typename X, int Rows, int T>
 void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t stride) {
   using Sum = Dot<V, X, T>;
@@ -319,7 +320,7 @@ void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t
   const int64_t words = words_per_row(a.columns);
   const V* values[Rows];
   Sum dots[Rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) values[r] = static_cast<const V*>(a.values) + a.starts[row + r];
   // All rows at once, which lie one behind the other: each by itself would fetch what another one is reading.
   const int64_t bytes = (a.starts[row + Rows] - a.starts[row]) * sizeof(V);
@@ -333,10 +334,10 @@ void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t
   if (a.bitmap == nullptr) {
     for (; column + width <= a.columns; column += width) {
       fetch_values();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) add(r, ~Bits{0}, column);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
       if (column < a.columns) add(r, (Bits{1} << (a.columns - column)) - 1, column);
   } else {
@@ -345,18 +346,18 @@ void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t
     for (; column + width <= words * kBits; column += width) {
       fetch_values();
       fetch_bitmap();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         Bits bits;
         std::memcpy(&bits, bitmap + r * words + column / kBits, sizeof bits);
         add(r, bits, column);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
       if (column < words * kBits) add(r, bitmap[r * words + words - 1], column);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
     for (int t = 0; t < T; ++t) y[r * stride + t] = dots[r].total(t, a, row + r, x);
 }
@@ -380,7 +381,7 @@ inline Eight load_eight(const int8_t* from) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints), Eight);
 }
 
-// The product of row `row` with x, by the columns of its values: on Zen 4 quicker than the gather instruction.
+// The product of row `row` with x, by the columns of its values: on Zen quicker than the gather instruction.
 template <typename V> float dot_places(const NtMatrix& a, int64_t row, const float* x) {
   typedef int32_t Ints __attribute__((vector_size(32)));
   const V* values = static_cast<const V*>(a.values) + a.starts[row];
@@ -420,7 +421,7 @@ void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t to
       for (int64_t row = 0; row < a.rows; ++row) take(row, 0, dot_places<V>(a, row, x.from(first_token).floats(0)));
       return;
     }
-    constexpr int64_t step = 4;
+    constexpr int64_t step = 8;
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < a.rows; row += step) {
       float y[step * kFewTokens];
@@ -430,10 +431,15 @@ void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t to
       };
       const auto some = [&](auto t, int64_t token) {
         constexpr int registers = Dot<V, X, t>::registers;
-        constexpr int together = 4 * registers <= kRegisters ? 4 : 2 * registers <= kRegisters ? 2 : 1;
         int64_t offset = 0;
-        for (; offset + together <= rows; offset += together) dots(Constant<together>{}, t, offset, token);
-        for (; offset < rows; ++offset) dots(Constant<1>{}, t, offset, token);
+        const auto together = [&](auto r) {
+          if constexpr (r == 1 || r * registers <= kRegisters)
+            for (; offset + r <= rows; offset += r) dots(r, t, offset, token);
+        };
+        if (a.bitmap) together(Constant<8>{});  // dense rows are read more quickly from fewer places
+        together(Constant<4>{});
+        together(Constant<2>{});
+        together(Constant<1>{});
       };
       int64_t token = 0;
       if constexpr (2 * Dot<V, X, 8>::registers <= kRegisters)
