@@ -1,5 +1,5 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
-"""The machine's read bandwidth, by a loop that adds up a large buffer on all threads."""
+"""What reads memory: a loop that adds up a large buffer on all threads, and products with sparse matrices."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import ctypes
 import os
 import subprocess
 import tempfile
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from nt_transformers.inference import SparseLinear, native
+from nt_transformers.inference.build import FLAGS, INSTRUCTION_SETS, SOURCES
 
-SOURCE = """
+
+READ_BYTES = 1 << 29
+READ = """
 #include <cstdint>
 #include <omp.h>
 extern "C" int64_t read_all(const int64_t* data, int64_t size, int threads) {
@@ -27,21 +31,55 @@ extern "C" int64_t read_all(const int64_t* data, int64_t size, int threads) {
 }
 """
 
+# The products of a token with matrices of two widths, in one parallel region, as decoding computes them.
+MULTIPLY = """
+#include "kernels.cpp"
+extern "C" void multiply_all(const NtMatrix* const* matrices, int64_t count, float* y, int threads) {
+  const std::vector<float> x(1 << 16, 1.0f);
+  omp_set_num_threads(threads);
+  int64_t widest = 0;
+  for (int64_t i = 0; i < count; ++i) widest = std::max(widest, matrices[i]->columns);
+  Input input(widest, 1);
+#pragma omp parallel
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || matrices[i]->columns != matrices[i - 1]->columns) {
+#pragma omp barrier
+#pragma omp single
+      input.set<BFloat16>(*matrices[i], 1, 0, x.data());
+    }
+    each_row<BFloat16>(*matrices[i], input, 0, 1, [&](int64_t row, int64_t, float value) { y[row] = value; });
+  }
+}
+"""
 
-def read_bandwidth(threads: int, size: int = 1 << 29, rounds: int = 7) -> float:
-    """Bytes per second, the best of `rounds` readings of `size` bytes."""
-    data = torch.ones(size // 8 + 1024, dtype=torch.int64)
+
+def _compile(source: str, *flags: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "read.cpp", Path(folder) / "read.so"
-        source.write_text(SOURCE)
-        flags = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-        subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
-        read_all = ctypes.CDLL(str(library)).read_all
+        code, library = Path(folder) / "code.cpp", Path(folder) / "code.so"
+        code.write_text(source)
+        subprocess.run([os.environ.get("CXX", "g++"), *flags, str(code), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+
+def reading(threads: int) -> Callable[[], None]:
+    """A function that reads `READ_BYTES` once."""
+    data = torch.ones(READ_BYTES // 8 + 1024, dtype=torch.int64)
+    read_all = _compile(READ, "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared").read_all
     read_all.restype = ctypes.c_int64
-    durations = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        total = read_all(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(size // 8), threads)
-        durations.append(time.perf_counter() - start)
-        assert total == size // 8
-    return size / min(durations)
+
+    def read() -> None:
+        total = read_all(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(READ_BYTES // 8), threads)
+        assert total == READ_BYTES // 8
+
+    return read
+
+
+def multiplying(layers: Sequence[SparseLinear], threads: int) -> Callable[[], None]:
+    """A function that multiplies a token with bfloat16 layers one after the other."""
+    flags = (*FLAGS, *INSTRUCTION_SETS[native.instruction_set()][0], "-I", str(SOURCES))
+    multiply_all = _compile(MULTIPLY, *flags).multiply_all
+    pointers = (ctypes.POINTER(native.Matrix) * len(layers))(
+        *(ctypes.pointer(layer.kernel.structure) for layer in layers)
+    )
+    y = torch.empty(max(layer.out_features for layer in layers))
+    return lambda: multiply_all(pointers, ctypes.c_int64(len(layers)), ctypes.c_void_p(y.data_ptr()), threads)

@@ -15,7 +15,8 @@ bfloat16 and float32; the faster counts). Figures are ratios of tokens/s of `gen
     batch8_0.2_<values>_over_uncompressed                8 texts at a time
     prefill_512_0.2_<values>_over_uncompressed           a text of 512 tokens, without generation
     bandwidth_share_<density>_<values>                   bytes per token / time of the linear layers, one after the
-                                                         other, over the read bandwidth measured in the same run
+                                                         other in one parallel region, over the read bandwidth measured
+                                                         in turn
     resident_memory_0.2_<values>_output_<sparse|dense>   bytes of all weights over the bytes in dense bfloat16
 """
 
@@ -27,7 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bandwidth import read_bandwidth
+from bandwidth import READ_BYTES, multiplying, reading
 from harness import parse_args, report, time_interleaved
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -161,21 +162,23 @@ def prefill_seconds(models: dict[str, PreTrainedModel], names: Iterable[str], ro
     return time_interleaved({name: partial(prefill, models[name], context) for name in names}, rounds)
 
 
-def linear_bandwidth(model: PreTrainedModel, rounds: int) -> float:
-    """Bytes of the linear layers over the median time of their products with one vector each, of the model's type."""
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    inputs = {layer.in_features: torch.randn(1, layer.in_features, dtype=model.dtype) for layer in layers}
+def sparse_layers(model: PreTrainedModel) -> list[SparseLinear]:
+    """The compressed layers of a model."""
+    return [module for module in model.modules() if isinstance(module, SparseLinear)]
 
-    def multiply() -> None:
-        for layer in layers:
-            layer.kernel.multiply(inputs[layer.in_features])
 
-    return sum(layer.matrix.nbytes for layer in layers) / time_interleaved({"all": multiply}, rounds)["all"]
+def bandwidth_share(layers: list[SparseLinear], rounds: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Bytes per second of the layers over those of reading a buffer in turn; the seconds to read a gigabyte."""
+    functions = {"read": reading(args.threads), "multiply": multiplying(layers, args.threads)}
+    seconds = time_interleaved(functions, rounds)
+    bytes_read = sum(layer.matrix.nbytes for layer in layers)
+    reading_seconds = seconds["read"] / READ_BYTES
+    return bytes_read / seconds["multiply"] * reading_seconds, 1e9 * reading_seconds
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of parameters and buffers, and of what the kernels keep besides."""
-    indices = (module.kernel.index for module in model.modules() if isinstance(module, SparseLinear))
+    indices = (layer.kernel.index for layer in sparse_layers(model))
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *indices))
 
 
@@ -202,17 +205,16 @@ def main() -> None:
             figures[f"{name.replace('neurotrails', prefix)}_over_uncompressed"] = slow / measured[name]
         seconds |= {f"{prefix}_{name}": value for name, value in measured.items()}
 
-    bandwidth = read_bandwidth(args.threads)
     for name in sparse:
-        share = linear_bandwidth(models[name], 5 * rounds) / bandwidth
-        figures[name.replace("neurotrails", "bandwidth_share")] = share
+        label = name.replace("neurotrails", "bandwidth_share")
+        figures[label], seconds[f"{label}_reading"] = bandwidth_share(sparse_layers(models[name]), 5 * rounds, args)
     dense_bytes = weight_bytes(models["uncompressed_bf16"])
     for name in ours:
         label = name.replace("neurotrails", "resident_memory")
         figures[f"{label}_output_sparse"] = weight_bytes(models[name]) / dense_bytes
     partly = compress(network(3, 16, 0.2, torch.bfloat16), output_layers=False)
     figures["resident_memory_0.2_bf16_output_dense"] = weight_bytes(partly) / dense_bytes
-    report({**figures, "read_bytes_per_s": bandwidth, **{f"{k}_s": value for k, value in seconds.items()}}, args)
+    report({**figures, **{f"{k}_s": value for k, value in seconds.items()}}, args)
 
 
 if __name__ == "__main__":
