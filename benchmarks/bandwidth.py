@@ -34,21 +34,23 @@ extern "C" int64_t read_all(const int64_t* data, int64_t size, int threads) {
 # The products of a token with matrices of two widths, in one parallel region, as decoding computes them.
 MULTIPLY = """
 #include "kernels.cpp"
-extern "C" void multiply_all(const NtMatrix* const* matrices, int64_t count, float* y, int threads) {
+extern "C" float multiply_all(const NtMatrix* const* matrices, int64_t count, int threads) {
   const std::vector<float> x(1 << 16, 1.0f);
   omp_set_num_threads(threads);
   int64_t widest = 0;
   for (int64_t i = 0; i < count; ++i) widest = std::max(widest, matrices[i]->columns);
   Input input(widest, 1);
-#pragma omp parallel
+  float total = 0;
+#pragma omp parallel reduction(+ : total)
   for (int64_t i = 0; i < count; ++i) {
     if (i == 0 || matrices[i]->columns != matrices[i - 1]->columns) {
 #pragma omp barrier
 #pragma omp single
       input.set<BFloat16>(*matrices[i], 1, 0, x.data());
     }
-    each_row<BFloat16>(*matrices[i], input, 0, 1, [&](int64_t row, int64_t, float value) { y[row] = value; });
+    each_row<BFloat16>(*matrices[i], input, 0, 1, [&](int64_t, int64_t, float value) { total += value; });
   }
+  return total;
 }
 """
 
@@ -75,11 +77,10 @@ def reading(threads: int) -> Callable[[], None]:
 
 
 def multiplying(layers: Sequence[SparseLinear], threads: int) -> Callable[[], None]:
-    """A function that multiplies a token with bfloat16 layers one after the other."""
+    """A function that multiplies a token of a bfloat16 model with layers one after the other."""
     flags = (*FLAGS, *INSTRUCTION_SETS[native.instruction_set()][0], "-I", str(SOURCES))
     multiply_all = _compile(MULTIPLY, *flags).multiply_all
     pointers = (ctypes.POINTER(native.Matrix) * len(layers))(
         *(ctypes.pointer(layer.kernel.structure) for layer in layers)
     )
-    y = torch.empty(max(layer.out_features for layer in layers))
-    return lambda: multiply_all(pointers, ctypes.c_int64(len(layers)), ctypes.c_void_p(y.data_ptr()), threads)
+    return lambda: multiply_all(pointers, ctypes.c_int64(len(layers)), threads)

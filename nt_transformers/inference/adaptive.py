@@ -166,7 +166,9 @@ class AdaptiveVoting:
             """Of head m, [batch, kept, hidden]; it may have had to process earlier positions as well."""
             hidden = None if decoder is None else decoder.run_head(m, attention_mask, stem, **head_kwargs)
             if hidden is None:
-                hidden = cast(Any, base.heads[m])(stem, **head_kwargs)
+                # The kernels rotate in float32, whatever the model's type.
+                positions = tuple(part.to(stem.dtype) for part in head_kwargs["position_embeddings"])
+                hidden = cast(Any, base.heads[m])(stem, **{**head_kwargs, "position_embeddings": positions})
             return slice_logits_to_keep(hidden[:, -length:], logits_to_keep)
 
         logits = self.model.lm_heads[first](hidden_states(first, stems[0]))

@@ -22,6 +22,12 @@ from . import native, products
 from .linear import SparseLinear
 
 
+# What the kernels take without tiles: tokens of all texts together.
+FEW_TOKENS = 16
+# Those of a model that the decoder knows; `inputs_embeds` it does not.
+ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+
+
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are the beginning of larger buffers, so that a token costs no copy."""
 
@@ -44,8 +50,14 @@ class GrowingLayer(DynamicLayer):
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` tokens; others may have replaced keys and values since."""
-        if length > self.capacity or self.keys.data_ptr() != self.buffers[0].data_ptr():
-            self._hold(self.keys, self.values, max(length, 2 * self.keys.shape[2]))
+        moved = self.keys.data_ptr() != self.buffers[0].data_ptr()
+        frozen = self.buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        if length > self.capacity or moved or frozen:
+            self.resize(max(length, 2 * self.keys.shape[2]))
+
+    def resize(self, capacity: int) -> None:
+        """Moves to buffers of another size."""
+        self._hold(self.keys, self.values, capacity)
 
     def extend(self, length: int) -> None:
         """Counts the first `length` tokens of the buffers as there."""
@@ -54,7 +66,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if key_states.shape[0] != self.keys.shape[0]:
+        if not self.is_initialized or key_states.shape[0] != self.keys.shape[0]:
             return super().update(key_states, value_states, *args, **kwargs)
         start = self.get_seq_length()
         length = start + key_states.shape[2]
@@ -126,6 +138,8 @@ class _Tokens(ctypes.Structure):
 class Decoder:
     """Takes over `model.model.forward` wherever the kernels can do it and are as quick; the rest goes the usual way.
 
+    Hooks on decoder layers and what is in them do not run where the kernels do.
+
     Args:
         model: A compressed `NeuroTrailsLlamaForCausalLM`.
     """
@@ -133,6 +147,8 @@ class Decoder:
     def __init__(self, model: NeuroTrailsLlamaForCausalLM) -> None:
         self.model = model.model
         self._usual_forward = self.model.forward
+        # Assisted generation by early exit lowers the number in the configuration for a while.
+        self._depth = self.model.config.num_hidden_layers
         self._plans: dict[tuple[bool, tuple[int, ...]], _Plan] = {}
         # What the plans point to.
         self._memory: list[Any] = []
@@ -245,21 +261,31 @@ class Decoder:
         self, cache: Cache | None, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> _Cached | None:
         """The cache's first layers, ready for more tokens; None where this call has to go the usual way."""
-        tokens, config = kwargs.get("input_ids"), self.model.config
-        if not isinstance(tokens, torch.Tensor):
+        tokens = kwargs.get("input_ids")
+        if args or not isinstance(tokens, torch.Tensor) or not self._is_usual(kwargs):
             return None
-        simple = (
-            not args
-            and kwargs.get("inputs_embeds") is None
-            and not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and not any(
-                kwargs.get(name, getattr(config, name)) for name in ("output_hidden_states", "output_attentions")
-            )
-        )
-        if not simple or not self._is_quicker(True, self.model.active_heads, tokens.numel()):
+        # A tile of many tokens holds those of one text: shorter texts leave it empty.
+        fits = tokens.numel() <= FEW_TOKENS or tokens.shape[1] > FEW_TOKENS
+        if not fits or not self._is_quicker(True, self.model.active_heads, tokens.numel()):
             return None
         return _Cached.of(cache, 0, depth, tokens.shape, kwargs.get("attention_mask"), self._empty_layer)
+
+    def _is_usual(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call asks for nothing but hidden states of whole texts, and all decoder layers take part."""
+        config: Any = self.model.config
+        options = {"is_causal": True, "return_dict": True, "output_hidden_states": False, "output_attentions": False}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        chosen = {name: given.get(name, getattr(config, name, default)) for name, default in options.items()}
+        # Without a mask, positions that start again tell where another text begins.
+        positions = None if "attention_mask" in given else given.get("position_ids")
+        return (
+            given.keys() <= ARGUMENTS | options.keys()
+            and chosen == options
+            and (positions is None or bool((positions.diff() == 1).all()))
+            and config.num_hidden_layers == self._depth
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+        )
 
     def _empty_layer(self, batch: int) -> GrowingLayer:
         config = self.model.config
@@ -299,19 +325,23 @@ class Decoder:
         """Tokens through the backbone, some heads or both: [heads, batch, seq, hidden] in the model's dtype."""
         stems = stems.float().contiguous()
         batch, length = stems.shape[-3:-1]
-        cosine, sine = (part.expand(batch, -1, -1).float().contiguous() for part in rotary)
+        cosine, sine = (part.expand(batch, length, -1).float().contiguous() for part in rotary)
         plan = self._plan(backbone, heads)
         out = torch.empty(plan.heads, batch, length, plan.hidden)
         layers = cached.layers
         for layer in layers:
             layer.reserve(cached.filled + length)
+        capacity = max(layer.capacity for layer in layers)
+        for layer in layers:
+            if layer.capacity < capacity:
+                layer.resize(capacity)
         pointers = ctypes.c_void_p * len(layers)
         tokens = _Tokens(
             batch,
             length,
             ctypes.cast(pointers(*(layer.buffers[0].data_ptr() for layer in layers)), ctypes.c_void_p),
             ctypes.cast(pointers(*(layer.buffers[1].data_ptr() for layer in layers)), ctypes.c_void_p),
-            layers[0].capacity,
+            capacity,
             cached.filled,
             cached.starts.data_ptr(),
             cosine.data_ptr(),
@@ -407,12 +437,10 @@ class _Cached:
     ) -> _Cached | None:
         """`depth` layers of a dynamic cache, turned into growing ones, for `shape` [batch, seq] more tokens; None for
         another kind of cache or mask. `empty` makes a layer for a batch."""
-        batch = shape[0]
-        starts = _left_padding(padding_mask, batch)
-        if starts is None:
-            return None
+        batch, length = shape
         if cache is None:
-            return cls([empty(batch)] * depth, 0, starts)
+            starts = _left_padding(padding_mask, batch, length)
+            return None if starts is None else cls([empty(batch)] * depth, 0, starts)
         if not isinstance(cache, DynamicCache):
             return None
         # Some caches make their layers as they are used.
@@ -420,7 +448,8 @@ class _Cached:
         slots = slice(first, first + depth)
         layers = cast(list[DynamicLayer], cache.layers[slots])
         filled = layers[0].get_seq_length() if layers else 0
-        if not all(_may_grow(layer, batch, filled) for layer in layers):
+        starts = _left_padding(padding_mask, batch, filled + length)
+        if starts is None or not all(_may_grow(layer, batch, filled) for layer in layers):
             return None
         growing = [_grow(layer) if filled else empty(batch) for layer in layers]
         cache.layers[slots] = growing
@@ -438,11 +467,11 @@ def _grow(layer: DynamicLayer) -> GrowingLayer:
     return layer if isinstance(layer, GrowingLayer) else GrowingLayer(layer)
 
 
-def _left_padding(mask: object, batch: int) -> torch.Tensor | None:
-    """How many tokens of each text are padding, all at its beginning; None for any other mask."""
+def _left_padding(mask: object, batch: int, length: int) -> torch.Tensor | None:
+    """How many of the `length` tokens of each text are padding, all at its beginning; None for any other mask."""
     if mask is None:
         return torch.zeros(batch, dtype=torch.int64)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+    if not isinstance(mask, torch.Tensor) or mask.shape != (batch, length):
         return None
     seen = mask != 0
     return (~seen).sum(1) if bool((seen[:, 1:] >= seen[:, :-1]).all()) else None

@@ -43,7 +43,7 @@ class Matrix(ctypes.Structure):
 
 # Below this density a product with one token goes by the columns of the values, two bytes each, not by the bitmap:
 # docs/inference.md shows the times.
-PLACES_BELOW = {torch.bfloat16: 0.05, torch.float16: 0.08, torch.float32: 0.08, torch.int8: 0.025}
+PLACES_BELOW = {torch.bfloat16: 0.05, torch.float16: 0.08, torch.float32: 0.08, torch.int8: 0.02}
 
 # Rows, columns, density to a tenth, type of the values, whether there is a bitmap: what the time of a product is
 # made of.

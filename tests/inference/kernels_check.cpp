@@ -96,9 +96,10 @@ template <typename V> void check(Type type, int64_t rows, int64_t columns, doubl
 }
 
 // Tokens of two texts through a small network, for the sanitizers alone: test_prompts.py compares the numbers.
-template <typename C> void decode_some(Type type, Type cache_type, int64_t length) {
-  constexpr int64_t hidden = 48, inner = 50, heads = 3, depth = 2, layers = 1 + heads * depth, texts = 2;
-  const int64_t capacity = 7 * length;
+// `shared`: all layers write over the same keys and values.
+template <typename C> void decode_some(Type type, Type cache_type, int64_t length, int64_t backbone, bool shared) {
+  constexpr int64_t hidden = 48, inner = 50, heads = 3, depth = 2, texts = 2;
+  const int64_t layers = backbone + heads * depth, capacity = (shared ? 1 : 3) * length;
   std::vector<Random<int8_t>> int8;
   std::vector<Random<BFloat16>> bfloat16;
   int8.reserve(7 * layers), bfloat16.reserve(7 * layers);
@@ -106,7 +107,7 @@ template <typename C> void decode_some(Type type, Type cache_type, int64_t lengt
     if (type == kInt8) return int8.emplace_back(rows, columns, 0.3, true, type).matrix;
     return bfloat16.emplace_back(rows, columns, 0.3, true, type).matrix;
   };
-  const std::vector<float> norm(hidden, 1), turn(texts * length * 16, 0.5f), stems(texts * length * hidden, 0.1f);
+  const std::vector<float> norm(hidden, 1), turn(texts * length * 16, 0.5f), stems(heads * texts * length * hidden, 0.1f);
   std::vector<NtLayer> plan_layers;
   std::vector<std::vector<C>> caches(2 * layers, std::vector<C>(texts * capacity * 16));
   std::vector<void*> keys, values;
@@ -114,12 +115,13 @@ template <typename C> void decode_some(Type type, Type cache_type, int64_t lengt
     plan_layers.push_back({matrix(48, hidden), matrix(16, hidden), matrix(16, hidden), matrix(hidden, 48),
                            matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner), norm.data(),
                            norm.data()});
-    keys.push_back(caches[2 * i].data()), values.push_back(caches[2 * i + 1].data());
+    const int64_t slot = shared ? 0 : i;
+    keys.push_back(caches[2 * slot].data()), values.push_back(caches[2 * slot + 1].data());
   }
   const std::vector<const float*> norms(heads, norm.data());
-  const NtPlan plan = {hidden, inner, 3, 1, 16, 1, heads, depth, plan_layers.data(), norms.data(), 1e-6f, 0.25f,
+  const NtPlan plan = {hidden, inner, 3, 1, 16, backbone, heads, depth, plan_layers.data(), norms.data(), 1e-6f, 0.25f,
                        cache_type == kBFloat16};
-  const int64_t starts[texts] = {0, 2};
+  const int64_t starts[texts] = {0, length * 3 / 2};
   std::vector<float> out(heads * texts * length * hidden);
   for (int64_t filled = 0; filled + length <= capacity; filled += length) {
     const NtTokens tokens = {texts,  length, keys.data(), values.data(), capacity,
@@ -145,9 +147,10 @@ int main() {
         products += 4;
       }
   for (const Type type : {kBFloat16, kInt8})
-    for (const int64_t length : {3, 20, 90}) {
-      decode_some<BFloat16>(type, kBFloat16, length);
-      decode_some<float>(type, kFloat32, length);
-    }
+    for (const int64_t length : {3, 20, 90, 600})
+      for (const bool shared : {false, true}) {
+        decode_some<BFloat16>(type, kBFloat16, length, draw(0, 1), shared);
+        decode_some<float>(type, kFloat32, length, draw(0, 1), shared);
+      }
   std::printf("%d products\n", products);
 }

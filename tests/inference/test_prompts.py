@@ -2,13 +2,13 @@
 """Texts of any length go through the kernels in one call, and come out as the model itself computes them."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from nt_transformers.inference import AdaptiveVoting, compress
+from nt_transformers.inference import AdaptiveVoting, compress, products
 from nt_transformers.inference.decoding import Decoder, GrowingLayer
 
 
@@ -52,7 +52,7 @@ def pair(make_model):
 
 @pytest.mark.usefixtures("_each_instruction_set")
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("length", [2, 6, 17, 32, 33, 64, 130])
+@pytest.mark.parametrize("length", [2, 5, 17, 32, 33, 64, 130])
 def test_texts_of_any_length(pair, batch: int, length: int) -> None:
     model, compressed = pair()
     tokens, mask = random_texts(batch, length), left_padding(batch, length)
@@ -157,6 +157,34 @@ def test_adaptive_voting_reads_prompts_by_the_kernels(pair, refuse_torch, thresh
     assert voting.predictions == 8
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_many_short_texts(pair, length: int) -> None:
+    model, compressed = pair()
+    tokens = random_texts(20, 6 + length)
+    cache = DynamicCache()
+    with torch.no_grad():
+        compressed(tokens[:, :6], past_key_values=cache)
+        logits = compressed(tokens[:, 6:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(tokens).logits[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_beams_of_many_texts(pair) -> None:
+    model, compressed = pair()
+    tokens = random_texts(6, 30)
+    options = {"attention_mask": torch.ones_like(tokens), "num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(compressed.generate(tokens, **options), model.generate(tokens, **options))
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2])
+def test_drafts_by_early_exit(pair, exit_layer: int) -> None:
+    model, compressed = pair()
+    tokens = random_texts(1, 30)
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(tokens, **options)
+    for options_ in (options, options | {"assistant_early_exit": exit_layer}, options):
+        assert torch.equal(compressed.generate(tokens, **options_), expected)
+
+
 @pytest.mark.usefixtures("refuse_torch")
 def test_generation_never_leaves_the_kernels(pair) -> None:
     _, compressed = pair()
@@ -166,17 +194,83 @@ def test_generation_never_leaves_the_kernels(pair) -> None:
         compressed(tokens, use_cache=False)
 
 
-def test_what_the_kernels_cannot_do_goes_the_usual_way(pair) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention_mask": (torch.arange(40) // 2 != 5).long().repeat(2, 1)},
+        {"attention_mask": (torch.arange(40) < 35).long().repeat(2, 1)},
+        {"attention_mask": torch.ones(1, 40)},
+        {"position_ids": torch.arange(40)[None] % 13, "use_cache": False},
+        {"position_ids": torch.zeros(1, 1, dtype=torch.int64)},
+        {"position_ids": torch.arange(40)[None] * 2},
+        {"is_causal": False},
+        {"output_hidden_states": True},
+        {"return_dict": True},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)
+def test_any_argument_means_what_it_means_to_the_model(pair, arguments: dict[str, Any]) -> None:
     model, compressed = pair()
     assert Decoder.of(compressed) is not None
     tokens = random_texts(2, 40)
-    middle = torch.ones_like(tokens)
-    middle[:, 10:12] = 0
-    right = torch.ones_like(tokens)
-    right[0, -5:] = 0
     with torch.no_grad():
-        for mask in (middle, right):
-            expected = model(tokens, attention_mask=mask).logits
-            assert_equal_where_seen(compressed(tokens, attention_mask=mask).logits, expected, mask)
-        states = compressed(tokens, output_hidden_states=True).hidden_states
-        assert len(states) == len(model(tokens, output_hidden_states=True).hidden_states)
+        expected, actual = model(tokens, **arguments), compressed(tokens, **arguments)
+    mask = torch.broadcast_to(arguments.get("attention_mask", torch.ones(())), tokens.shape)
+    assert_equal_where_seen(actual.logits, expected.logits, mask)
+    assert actual.keys() == expected.keys()
+
+
+def test_what_is_wrong_stays_wrong(pair) -> None:
+    _, compressed = pair()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        compressed(random_texts(2, 40), position_ids=torch.arange(41)[None])
+
+
+def test_a_tuple_on_request(pair) -> None:
+    _, compressed = pair()
+    with torch.no_grad():
+        assert isinstance(compressed.model(input_ids=random_texts(1, 40), return_dict=False), tuple)
+
+
+def test_a_cache_goes_from_hand_to_hand(pair) -> None:
+    """Reset, copied, filled without autograd's records and continued in torch."""
+    model, compressed = pair()
+    tokens = random_texts(1, 50)
+    with torch.inference_mode():
+        cache = compressed(tokens[:, :40]).past_key_values
+    copied = copy.deepcopy(cache)
+    with torch.no_grad():
+        expected = model(tokens).logits[:, 40:]
+        for one in (cache, copied):
+            logits = compressed(tokens[:, 40:], past_key_values=one, output_hidden_states=True).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        cache.reset()
+        whole = compressed(tokens, past_key_values=cache, output_hidden_states=True).logits
+        torch.testing.assert_close(whole[:, 40:], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_unequal_room(pair) -> None:
+    model, compressed = pair()
+    tokens = random_texts(1, 41)
+    with torch.no_grad():
+        cache = compressed(tokens[:, :40]).past_key_values
+        cache.layers[0].resize(90)
+        cache.layers[3].resize(43)
+        logits = compressed(tokens[:, 40:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(tokens).logits[:, 40:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_backlog_goes_back_to_torch(make_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed = compress(make_model(dtype=torch.bfloat16))
+    tokens = random_texts(1, 40)
+    cache = DynamicCache()
+    with torch.no_grad():
+        with AdaptiveVoting(compressed, 0.0):
+            compressed(tokens[:, :30], past_key_values=cache)
+            compressed(tokens[:, 30:39], past_key_values=cache)
+        with AdaptiveVoting(compressed, 2.0):
+            monkeypatch.setattr(products, "quicker_dense", lambda _, count, __: count > 1)
+            cast(Any, Decoder.of(compressed))._quicker.clear()
+            logits = compressed(tokens[:, 39:], past_key_values=cache).logits
+    assert logits.isfinite().all()
+    assert all(layer.keys.dtype == torch.bfloat16 for layer in cache.layers)

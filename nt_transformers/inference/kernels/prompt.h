@@ -190,6 +190,7 @@ template <int Width, typename P> class Prompt {
         const int64_t end = std::min(tiles_, begin + block);
         with_type(a.type, [&](auto value) {
           using V = decltype(value);
+          // No other values come with this P: `nt_decode` chooses it by them.
           constexpr bool exact = std::is_same_v<V, BFloat16> || std::is_same_v<V, int8_t>;
           if constexpr (exact || std::is_same_v<P, float>)
             multiply_rows<V, Width>(a, first, last, packed(begin, a.columns), end - begin, scratch.unpacked,
@@ -301,7 +302,7 @@ template <int Width, typename P> class Prompt {
       widen(values + first * size, count, scratch.keys.data());
       accumulate_outer<Width>(scratch.keys.data(), 1, size, scratch.scores.data(), count, size, mixed);
     }
-    for (Lanes& sum : sums) sum = sum > 0.0f ? sum : Lanes{} + 1.0f;  // padding sees nothing
+    for (Lanes& sum : sums) sum = sum > 0.0f ? sum : Lanes{} + 1.0f;  // a tile of padding sees nothing
     for (int64_t i = 0; i < size; ++i)
       for (int v = 0; v < registers; ++v)
         store_lanes(load_lanes(mixed + i * Width + v * kLanes) / sums[v], query + i * Width + v * kLanes);
