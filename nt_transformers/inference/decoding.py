@@ -264,9 +264,7 @@ class Decoder:
         tokens = kwargs.get("input_ids")
         if args or not isinstance(tokens, torch.Tensor) or not self._is_usual(kwargs):
             return None
-        # A tile of many tokens holds those of one text: shorter texts leave it empty.
-        fits = tokens.numel() <= FEW_TOKENS or tokens.shape[1] > FEW_TOKENS
-        if not fits or not self._is_quicker(True, self.model.active_heads, tokens.numel()):
+        if not self._is_quicker(True, self.model.active_heads, tokens.numel()):
             return None
         return _Cached.of(cache, 0, depth, tokens.shape, kwargs.get("attention_mask"), self._empty_layer)
 
@@ -416,7 +414,8 @@ class _Cached:
     """What the kernels need to know of a cache.
 
     Args:
-        layers: Some of its layers; without a cache the same one again and again, which each decoder layer writes over.
+        layers: Some of its layers; without a cache those of the tokens themselves, many of which share one layer that
+            each decoder layer writes over.
         filled: How many tokens there are of each text.
         starts: int64 [batch], how many tokens of each text are padding, at the beginning.
     """
@@ -438,9 +437,15 @@ class _Cached:
         """`depth` layers of a dynamic cache, turned into growing ones, for `shape` [batch, seq] more tokens; None for
         another kind of cache or mask. `empty` makes a layer for a batch."""
         batch, length = shape
+        few = batch * length <= FEW_TOKENS
+        # A tile of many tokens holds those of one text: short ones leave it empty.
+        if not few and length <= FEW_TOKENS:
+            return None
         if cache is None:
             starts = _left_padding(padding_mask, batch, length)
-            return None if starts is None else cls([empty(batch)] * depth, 0, starts)
+            # Heads run side by side where tokens are few, and one after the other where they are many.
+            own = [empty(batch) for _ in range(depth)] if few else [empty(batch)] * depth
+            return None if starts is None else cls(own, 0, starts)
         if not isinstance(cache, DynamicCache):
             return None
         # Some caches make their layers as they are used.

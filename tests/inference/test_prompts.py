@@ -148,6 +148,16 @@ def test_threads_do_not_change_a_bit(pair, threads: int) -> None:
             torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("texts", [2, 20])
+def test_adaptive_voting_of_few_and_many_texts(pair, texts: int) -> None:
+    model, compressed = pair()
+    tokens = random_texts(texts, 30)
+    options = {"attention_mask": left_padding(texts, 30), "max_new_tokens": 6, "do_sample": False}
+    options["attention_mask"][:, -1] = 1
+    with AdaptiveVoting(compressed, 2.0):
+        assert torch.equal(compressed.generate(tokens, **options), model.generate(tokens, **options))
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 2.0])
 def test_adaptive_voting_reads_prompts_by_the_kernels(pair, refuse_torch, threshold: float) -> None:
     _, compressed = pair()
