@@ -19,7 +19,7 @@ def render_page(results: Results) -> str:
         sections.append(_table(f"Equal training {results.kind.words['equal']}", main, results.kind))
         sections.append('<div class="plots">' + "".join(_plots(results)) + "</div>")
         if rest:
-            sections.append(_table("All other points of the grids", rest, results.kind))
+            sections.append(_table("All other points of the grids", rest, results.kind, points_first=True))
     if results.failed:
         sections.append(_failures(results.failed))
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
@@ -42,26 +42,25 @@ def _introduction(results: Results) -> str:
     )
 
 
-def _table(title: str, groups: Sequence[list[Row]], kind: Kind) -> str:
-    # The last ones tell the points of a grid apart.
-    fixed = ("density", "heads", f"head {kind.words['layers']}", "budget", "seeds")
-    headings = ["method", *(heading for heading, _, _ in kind.columns), *fixed]
+def _table(title: str, groups: Sequence[list[Row]], kind: Kind, *, points_first: bool = False) -> str:
+    figures = [heading for heading, _, _ in kind.columns]
+    # What tells the points of a grid apart.
+    point = ["density", "heads", f"head {kind.words['layers']}", "budget", "seeds"]
+    headings = ["method", *(point + figures if points_first else figures + point)]
     header = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(f"<tr>{''.join(_cells(group, kind))}</tr>" for group in groups)
+    body = "".join(f"<tr>{''.join(_cells(group, kind, points_first))}</tr>" for group in groups)
     return (
         f'<section><h2>{escape(title)}</h2><div class="scroll" tabindex="0"><table><thead><tr>{header}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></section>"
     )
 
 
-def _cells(group: list[Row], kind: Kind) -> list[str]:
+def _cells(group: list[Row], kind: Kind, points_first: bool) -> list[str]:
     row = group[0]
-    fixed = [f"{row['density']:g}", row["num_ensemble_heads"], row["num_head_layers"], row["budget"], len(group)]
-    return [
-        f"<th>{escape(row['method'])}</th>",
-        *(f"<td>{_number(group, value, form)}</td>" for _, value, form in kind.columns),
-        *(f"<td>{escape(str(value))}</td>" for value in fixed),
-    ]
+    point = [f"{row['density']:g}", row["num_ensemble_heads"], row["num_head_layers"], row["budget"], len(group)]
+    figures = [_number(group, value, form) for _, value, form in kind.columns]
+    cells = point + figures if points_first else figures + point
+    return [f"<th>{escape(row['method'])}</th>", *(f"<td>{cell}</td>" for cell in cells)]
 
 
 def _number(group: list[Row], value: Callable[[Row], float | None], form: str) -> str:
