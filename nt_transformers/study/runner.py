@@ -49,15 +49,19 @@ def run_study(config: StudyConfig) -> list[Row]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        _restore(folder)
+        earlier = _restore(folder)
         _write(folder / "study.json", json.dumps(asdict(config), indent=2))
         pool = _Pool(config, plan.kind)
         if tuning:
-            pool.execute(tuning, [])
+            # What the grids are is known only afterwards: until then all earlier rows stay.
+            names = {run.name for run in tuning}
+            pool.execute(tuning, [row for row in earlier if row["run"] not in names])
         rates = _choose_learning_rates(config, plan.kind, tuning)
         runs = plan.main_runs(rates)
-        pool.execute(runs, tuning)
-        return _write_results(folder, [*tuning, *runs])
+        pool.execute(runs, _rows(tuning))
+        rows = [*_rows(tuning), *_rows(runs)]
+        _write_results(folder, rows)
+        return rows
 
 
 def _choose_learning_rates(config: StudyConfig, kind: Kind, tuning: Sequence[Run]) -> dict[str, float]:
@@ -85,8 +89,8 @@ class _Pool:
         self.kind = kind
         self.test = kind.prepare(config)
 
-    def execute(self, runs: Sequence[Run], before: Sequence[Run]) -> None:
-        """Does those of the runs that have no result; `before` are others that belong into the results."""
+    def execute(self, runs: Sequence[Run], others: list[Row]) -> None:
+        """Does those of the runs that have no result; `others` belong into the results as well."""
         waiting = [run for run in runs if not (run.folder / "result.json").exists()]
         for run in waiting:
             (run.folder / "failure.json").unlink(missing_ok=True)
@@ -103,7 +107,7 @@ class _Pool:
                 for started in done:
                     self._finish(*started)
                 if done:
-                    _write_results(Path(self.config.output_dir), [*before, *runs])
+                    _write_results(Path(self.config.output_dir), [*others, *_rows(runs)])
         finally:
             for _, process in running:
                 process.kill()
@@ -162,11 +166,17 @@ def _row(run: Run) -> Row | None:
     return None
 
 
-def _restore(folder: Path) -> None:
-    """Puts the finished rows of `results.jsonl` back where their runs left them, if they are gone from there."""
+def _rows(runs: Sequence[Run]) -> list[Row]:
+    return [row for row in map(_row, runs) if row is not None]
+
+
+def _restore(folder: Path) -> list[Row]:
+    """Puts the finished rows of `results.jsonl` back where their runs left them, if they are gone from there; returns
+    all rows of the file."""
     file = folder / "results.jsonl"
     if not file.exists():
-        return
+        return []
+    rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
@@ -179,12 +189,12 @@ def _restore(folder: Path) -> None:
         if finished and not result.exists():
             result.parent.mkdir(parents=True, exist_ok=True)
             _write(result, json.dumps(row))
-
-
-def _write_results(folder: Path, runs: Sequence[Run]) -> list[Row]:
-    rows = [row for row in map(_row, runs) if row is not None]
-    _write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        rows.append(row)
     return rows
+
+
+def _write_results(folder: Path, rows: Sequence[Row]) -> None:
+    _write(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write(path: Path, text: str) -> None:

@@ -106,6 +106,25 @@ def test_each_method_takes_its_best_learning_rate(study_config: MakeStudy) -> No
     assert {row["test"] for row in main} == {config.test}
 
 
+@pytest.mark.usefixtures("quick_worker")
+def test_what_is_finished_stays_on_file_while_a_new_method_is_tuned(
+    study_config: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"learning_rates": [0.01, 0.1], "tuning_steps": 2}
+    rows = run_study(study_config(**rates, grids=[{"method": ["single"]}]))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_choose_learning_rates", stop)
+    more = study_config(**rates, grids=[{"method": ["single", "set"]}])
+    with pytest.raises(KeyboardInterrupt):
+        run_study(more)
+    left = read_results(more)
+    assert {row["run"] for row in rows} < {row["run"] for row in left}
+    assert len(left) == 5  # two methods with two rates, and the run that was finished
+
+
 def test_two_studies_cannot_share_a_folder(study_config: MakeStudy) -> None:
     config = study_config()
     Path(config.output_dir).mkdir()
