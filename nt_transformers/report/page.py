@@ -60,7 +60,7 @@ def _cells(group: list[Row], kind: Kind, points_first: bool) -> list[str]:
     point = [f"{row['density']:g}", row["num_ensemble_heads"], row["num_head_layers"], row["budget"], len(group)]
     figures = [_number(group, value, form) for _, value, form in kind.columns]
     cells = point + figures if points_first else figures + point
-    return [f"<th>{escape(row['method'])}</th>", *(f"<td>{cell}</td>" for cell in cells)]
+    return [f"<th>{escape(row['method'])}</th>", *(f"<td>{escape(str(cell))}</td>" for cell in cells)]
 
 
 def _number(group: list[Row], value: Callable[[Row], float | None], form: str) -> str:
