@@ -39,7 +39,8 @@ class GrowingLayer(DynamicLayer):
         assert layer.keys is not None
         assert layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
-        self._hold(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values
+        self.resize(2 * self.keys.shape[2])
 
     @classmethod
     def empty(cls, batch: int, heads: int, size: int, dtype: torch.dtype) -> GrowingLayer:
@@ -56,8 +57,13 @@ class GrowingLayer(DynamicLayer):
             self.resize(max(length, 2 * self.keys.shape[2]))
 
     def resize(self, capacity: int) -> None:
-        """Moves to buffers of another size."""
-        self._hold(self.keys, self.values, capacity)
+        """Moves keys and values to buffers for `capacity` tokens."""
+        batch, heads, length, size = self.keys.shape
+        states = self.keys, self.values
+        self.buffers = tuple(part.new_empty(batch, heads, capacity, size) for part in states)
+        for buffer, part in zip(self.buffers, states, strict=True):
+            buffer[:, :, :length] = part
+        self.extend(length)
 
     def extend(self, length: int) -> None:
         """Counts the first `length` tokens of the buffers as there."""
@@ -79,14 +85,6 @@ class GrowingLayer(DynamicLayer):
     @property
     def capacity(self) -> int:
         return self.buffers[0].shape[2]
-
-    def _hold(self, keys: torch.Tensor, values: torch.Tensor, capacity: int | None = None) -> None:
-        batch, heads, length, size = keys.shape
-        shape = (batch, heads, capacity or 2 * length, size)
-        self.buffers = tuple(states.new_empty(shape) for states in (keys, values))
-        for buffer, states in zip(self.buffers, (keys, values), strict=True):
-            buffer[:, :, :length] = states
-        self.extend(length)
 
 
 class _Layer(ctypes.Structure):
