@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 import tempfile
@@ -55,6 +56,7 @@ extern "C" float multiply_all(const NtMatrix* const* matrices, int64_t count, in
 """
 
 
+@functools.cache
 def _compile(source: str, *flags: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         code, library = Path(folder) / "code.cpp", Path(folder) / "code.so"
