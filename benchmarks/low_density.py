@@ -6,7 +6,7 @@
     bitmap_over_columns_<density>_<values> = time by the bitmap / time by the columns
 
 64 matrices of 2736 x 1024 one after the other, as many weights as do not fit a cache. The kernels go by the columns
-below `nt_transformers.inference.native.PLACES_BELOW`.
+below `nt_transformers.inference.native.places_below`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from harness import parse_args, report, time_interleaved
 
 from nt_transformers.inference import native
-from nt_transformers.inference.matrix import DTYPES, SparseMatrix, Values
+from nt_transformers.inference.matrix import SparseMatrix, Values
 
 
 ROWS, COLUMNS, MATRICES = 2736, 1024, 64
@@ -26,7 +26,7 @@ VALUES: tuple[Values, ...] = ("bf16", "int8")
 
 def products(matrices: list[SparseMatrix], below: float) -> Callable[[], object]:
     """A function that multiplies a token with each of the matrices, by the columns below this density."""
-    native.PLACES_BELOW = dict.fromkeys(DTYPES.values(), below)
+    native.places_below = lambda values: below
     kernels = [native.KernelMatrix(matrix) for matrix in matrices]
     x = torch.randn(1, COLUMNS).bfloat16()
     return lambda: [kernel.multiply(x) for kernel in kernels]

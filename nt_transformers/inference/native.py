@@ -41,9 +41,10 @@ class Matrix(ctypes.Structure):
     )
 
 
-# Below this density a product with one token goes by the columns of the values, two bytes each, not by the bitmap:
-# docs/inference.md shows the times.
-PLACES_BELOW = {torch.bfloat16: 0.05, torch.float16: 0.08, torch.float32: 0.08, torch.int8: 0.02}
+# Below these densities a product with one token goes by the columns of the values, two bytes each, not by the bitmap:
+# with AVX-512, which expands bits by itself, and without. docs/inference.md shows the times.
+PLACES_BELOW_AVX512 = {torch.bfloat16: 0.05, torch.float16: 0.08, torch.float32: 0.08, torch.int8: 0.02}
+PLACES_BELOW = 0.1
 
 # Rows, columns, density to a tenth, type of the values, whether there is a bitmap: what the time of a product is
 # made of.
@@ -183,12 +184,17 @@ def _index(matrix: SparseMatrix) -> torch.Tensor:
     return torch.stack([bounds, torch.nn.functional.pad(totals.diff(), (0, 1))])
 
 
+def places_below(values: torch.dtype) -> float:
+    """The density below which products with one token go by the columns of values of this type."""
+    return PLACES_BELOW_AVX512[values] if instruction_set().startswith("avx512") else PLACES_BELOW
+
+
 def _places(matrix: SparseMatrix) -> torch.Tensor | None:
     """uint16 [nonzeros + 8], the column of each value and zeros; None where products go by the bitmap."""
     rows, columns = matrix.shape
     if (
         matrix.bitmap is None
-        or matrix.nonzeros >= PLACES_BELOW[matrix.values.dtype] * rows * columns
+        or matrix.nonzeros >= places_below(matrix.values.dtype) * rows * columns
         or columns > 1 << 16
     ):
         return None

@@ -3,7 +3,7 @@
 // Few tokens: y = A x, as dot products of the rows of A with each token.
 //
 // - AVX-512 (of Ice Lake, Zen 4 and later) expands 32 or 64 columns at once by the bits themselves;
-// - AVX2 expands 8 columns by a permutation looked up by the 8 bits;
+// - AVX2 expands 8 columns by a shuffle looked up by the 8 bits;
 // - anything else walks over the set bits;
 // - where few weights exist, their columns are listed, and x is picked by them.
 //
@@ -64,6 +64,9 @@ class Input {
 #if NT_BF16
     if (a.type == kBFloat16 && std::is_same_v<X, BFloat16>) round(to, padded);
 #endif
+#if NT_AVX2
+    if (a.type == kBFloat16 || a.type == kInt8) take_apart(to, padded);
+#endif
   }
   Tokens from(int64_t token) const { return {data_.data() + token * stride_, stride_, scales_.data() + token}; }
 
@@ -102,6 +105,20 @@ class Input {
     }
     // What is not finite makes all products NaN.
     return end / most + _mm512_reduce_add_ps(not_finite);
+  }
+#endif
+
+#if NT_AVX2
+  // In place: of sixteen columns each the even ones, then the odd ones.
+  static void take_apart(float* x, int64_t columns) {
+    for (int64_t i = 0; i < columns; i += 16) {
+      const __m256 lower = _mm256_load_ps(x + i), upper = _mm256_load_ps(x + i + 8);
+      for (int odd = 0; odd < 2; ++odd) {
+        const __m256 mixed = odd ? _mm256_shuffle_ps(lower, upper, 0xdd) : _mm256_shuffle_ps(lower, upper, 0x88);
+        const __m256d sorted = _mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8);
+        _mm256_store_ps(x + i + 8 * odd, _mm256_castpd_ps(sorted));
+      }
+    }
   }
 #endif
 
@@ -221,59 +238,89 @@ template <typename V> float scaled(float sum, const NtMatrix& a, int64_t row) {
 
 #if NT_AVX2
 
-// For each byte of the bitmap: which value each of the 8 columns takes, and which columns take one.
-struct Expansion {
-  alignas(32) int32_t source[256][8];
-  alignas(32) int32_t present[256][8];
-  Expansion() {
-    for (int byte = 0; byte < 256; ++byte) {
-      int next = 0;
-      for (int column = 0; column < 8; ++column) {
-        const bool set = byte >> column & 1;
-        source[byte][column] = set ? next++ : 0;
-        present[byte][column] = set ? -1 : 0;
-      }
-    }
+// For each byte of the bitmap: which bytes of the values, of `Size` bytes each, its 8 columns take.
+template <int Size> struct Shuffles {
+  alignas(32) int8_t bytes[256][8 * Size];
+  Shuffles() {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int column = 0, next = 0; column < 8; ++column)
+        for (int byte = 0; byte < Size; ++byte)
+          bytes[bits][column * Size + byte] = static_cast<int8_t>(bits >> column & 1 ? next++ : -1);  // -1: a zero
   }
 };
-const Expansion kExpansion;
+const Shuffles<1> kByteShuffles;
+const Shuffles<2> kHalfShuffles;
 
-inline __m256 load8(const float* values) { return _mm256_loadu_ps(values); }
-inline __m256 load8(const BFloat16* values) {
-  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(packed), 16));
+inline __m128i load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline __m128i load8(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
+inline __m256i join(__m128i lower, __m128i upper) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(lower), upper, 1);
 }
-inline __m256 load8(const Float16* values) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+
+// The values of 16 columns, 0 where no weight exists, as 16 bits each.
+inline __m256i expand(uint32_t bits, const uint16_t* values) {
+  const uint32_t lower = bits & 0xff, upper = bits >> 8 & 0xff;
+  const __m256i shuffle = join(load16(kHalfShuffles.bytes[lower]), load16(kHalfShuffles.bytes[upper]));
+  return _mm256_shuffle_epi8(join(load16(values), load16(values + __builtin_popcount(lower))), shuffle);
 }
-inline __m256 load8(const int8_t* values) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values))));
+inline __m256i expand(uint32_t bits, const int8_t* values) {
+  const uint32_t lower = bits & 0xff, upper = bits >> 8 & 0xff;
+  const auto eight = [](uint32_t byte, const int8_t* from) {
+    return _mm_shuffle_epi8(load8(from), load8(kByteShuffles.bytes[byte]));
+  };
+  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(eight(lower, values), eight(upper, values + __builtin_popcount(lower))));
+}
+
+// The same as float32: of bfloat16 and int8 the even columns, then the odd ones, which is less work than in order.
+inline void spread(__m256i values, BFloat16, __m256* halves) {
+  halves[0] = _mm256_castsi256_ps(_mm256_slli_epi32(values, 16));
+  halves[1] = _mm256_castsi256_ps(_mm256_blend_epi16(values, _mm256_setzero_si256(), 0x55));
+}
+inline void spread(__m256i values, int8_t, __m256* halves) {
+  halves[0] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(values, 16), 16));
+  halves[1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(values, 16));
+}
+inline void spread(__m256i values, Float16, __m256* halves) {
+  halves[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(values));
+  halves[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(values, 1));
+}
+inline const uint16_t* bits_of(const BFloat16* values) { return &values->bits; }
+inline const uint16_t* bits_of(const Float16* values) { return &values->bits; }
+inline const int8_t* bits_of(const int8_t* values) { return values; }
+template <typename V> void spread(uint32_t bits, const V* values, __m256* halves) {
+  spread(expand(bits, bits_of(values)), V{}, halves);
+}
+inline void spread(uint32_t bits, const float* values, __m256* halves) {
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t byte = bits >> 8 * half & 0xff;
+    const __m256i source = _mm256_cvtepi8_epi32(load8(kByteShuffles.bytes[byte]));
+    const __m256 chosen = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), source);
+    halves[half] = _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(source, 31)), chosen);
+    values += __builtin_popcount(byte);
+  }
 }
 
 template <typename V, typename X, int T> struct Dot {
   using Bits = uint32_t;
-  static constexpr int chains = T == 1 ? 4 : T == 2 ? 2 : 1, registers = T * chains;
-  __m256 sums[T][chains] = {};
+  static constexpr int registers = 2 * T;
+  __m256 sums[T][2] = {};
   void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
-    for (int part = 0; part < 4; ++part) {
-      const uint32_t byte = bits >> (8 * part) & 0xff;
-      const __m256i source = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExpansion.source[byte]));
-      const __m256 present = _mm256_load_ps(reinterpret_cast<const float*>(kExpansion.present[byte]));
-      const __m256 expanded = _mm256_and_ps(_mm256_permutevar8x32_ps(load8(values), source), present);
-      for (int t = 0; t < T; ++t) {
-        __m256& sum = sums[t][part % chains];
-        sum = _mm256_fmadd_ps(expanded, _mm256_load_ps(x.floats(t) + column + 8 * part), sum);
-      }
-      values += __builtin_popcount(byte);
+    for (int part = 0; part < 2; ++part) {
+      __m256 halves[2];
+      spread(bits >> 16 * part, values, halves);
+      for (int t = 0; t < T; ++t)
+        for (int half = 0; half < 2; ++half) {
+          const __m256 numbers = _mm256_load_ps(x.floats(t) + column + 16 * part + 8 * half);
+          sums[t][half] = _mm256_fmadd_ps(halves[half], numbers, sums[t][half]);
+        }
+      values += __builtin_popcount(bits & 0xffff);
     }
   }
   float total(int t, const NtMatrix& a, int64_t row, const Tokens&) const {
-    __m256 sum = sums[t][0];
-    for (int chain = 1; chain < chains; ++chain) sum = _mm256_add_ps(sum, sums[t][chain]);
     alignas(32) float lanes[8];
-    _mm256_store_ps(lanes, sum);
-    return scaled<V>(((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7])),
-                     a, row);
+    _mm256_store_ps(lanes, _mm256_add_ps(sums[t][0], sums[t][1]));
+    const float sum = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+    return scaled<V>(sum, a, row);
   }
 };
 
@@ -407,7 +454,12 @@ template <typename V> float dot_places(const NtMatrix& a, int64_t row, const flo
   return a.scales ? sum * a.scales[row] : sum;
 }
 
-constexpr int kRegisters = 16;  // for sums, of all rows that are multiplied together
+// For sums, of all rows that are multiplied together.
+#if NT_AVX2
+constexpr int kRegisters = 8;
+#else
+constexpr int kRegisters = 16;
+#endif
 constexpr int64_t kFewTokens = 16;  // of which these kernels are quicker than those for tiles of tokens
 
 // Calls `take(row, token, value)` with each product of a row and a token of `x`, in a team of threads; returns without
