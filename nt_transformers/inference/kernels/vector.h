@@ -258,7 +258,8 @@ inline __m256i join(__m128i lower, __m128i upper) {
 }
 
 // The values of 16 columns, 0 where no weight exists, as 16 bits each.
-inline __m256i expand(uint32_t bits, const uint16_t* values) {
+template <typename V> __m256i expand(uint32_t bits, const V* values) {
+  static_assert(sizeof(V) == 2);
   const uint32_t lower = bits & 0xff, upper = bits >> 8 & 0xff;
   const __m256i shuffle = join(load16(kHalfShuffles.bytes[lower]), load16(kHalfShuffles.bytes[upper]));
   return _mm256_shuffle_epi8(join(load16(values), load16(values + __builtin_popcount(lower))), shuffle);
@@ -284,11 +285,8 @@ inline void spread(__m256i values, Float16, __m256* halves) {
   halves[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(values));
   halves[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(values, 1));
 }
-inline const uint16_t* bits_of(const BFloat16* values) { return &values->bits; }
-inline const uint16_t* bits_of(const Float16* values) { return &values->bits; }
-inline const int8_t* bits_of(const int8_t* values) { return values; }
 template <typename V> void spread(uint32_t bits, const V* values, __m256* halves) {
-  spread(expand(bits, bits_of(values)), V{}, halves);
+  spread(expand(bits, values), V{}, halves);
 }
 inline void spread(uint32_t bits, const float* values, __m256* halves) {
   for (int half = 0; half < 2; ++half) {
