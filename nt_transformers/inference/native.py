@@ -212,6 +212,7 @@ def _warn_once(reason: str) -> None:
     logger.warning("sparse kernels are not available, torch multiplies dense matrices instead: %s", reason)
 
 
+@functools.cache
 def _processor_features() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
