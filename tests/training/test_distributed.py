@@ -65,8 +65,11 @@ def training_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_masks(ours: Path, theirs: Path, step: int) -> bool:
-    """Whether masks and explored weights are the same bit for bit. Where two scores lie closer than sums round, another
-    order of summation may choose the other weight, so that a layer may differ in one weight grown and one not."""
+    """Whether masks and explored weights are the same bit for bit.
+
+    Where two scores lie closer than sums round, another order of summation may choose the other weight: a layer may
+    differ in one weight that is grown and one that is not.
+    """
     left, right = (read_checkpoint(run, step)["training"]["sparsifier"] for run in (ours, theirs))
     differing = [
         int(np.unpackbits((left[part][name] ^ right[part][name]).numpy()).sum())
