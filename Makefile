@@ -7,6 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CODE := nt_transformers recipes eval tests benchmarks
+# A process for each core, with one thread; tests of a file share what it trained.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: install demo wheel eval-data test test-slow quality style clean
 
@@ -27,10 +29,10 @@ eval-data: $(INSTALLED)
 	$(BIN)/python -m nt_transformers.evaluation.prepare --output data/eval
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check $(CODE)
