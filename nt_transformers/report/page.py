@@ -45,7 +45,7 @@ def _introduction(results: Results) -> str:
 def _table(title: str, groups: Sequence[list[Row]], kind: Kind, *, points_first: bool = False) -> str:
     figures = [heading for heading, _, _ in kind.columns]
     # What tells the points of a grid apart.
-    point = ["density", "heads", f"head {kind.words['layers']}", "budget", "seeds"]
+    point = ["density", "heads", f"head {kind.words['layers']}", "budget", "length", "seeds"]
     headings = ["method", *(point + figures if points_first else figures + point)]
     header = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(_cells(group, kind, points_first))}</tr>" for group in groups)
@@ -57,7 +57,8 @@ def _table(title: str, groups: Sequence[list[Row]], kind: Kind, *, points_first:
 
 def _cells(group: list[Row], kind: Kind, points_first: bool) -> list[str]:
     row = group[0]
-    point = [f"{row['density']:g}", row["num_ensemble_heads"], row["num_head_layers"], row["budget"], len(group)]
+    split = [f"{row['density']:g}", row["num_ensemble_heads"], row["num_head_layers"]]
+    point = [*split, row["budget"], f"{row['length']:g}", len(group)]
     figures = [_number(group, value, form) for _, value, form in kind.columns]
     cells = point + figures if points_first else figures + point
     return [f"<th>{escape(row['method'])}</th>", *(f"<td>{escape(str(cell))}</td>" for cell in cells)]

@@ -193,7 +193,7 @@ def severity(artist: Artist, axes: Axes) -> bool:
 def head_length(artist: Artist, axes: Axes) -> bool:
     drawn = False
     for method, main in artist.main.items():
-        fixed = ("density", "num_ensemble_heads", "budget")
+        fixed = ("density", "num_ensemble_heads", "budget", "length")
         rows = [row for row in artist.rows if row["method"] == method and all(row[n] == main[0][n] for n in fixed)]
         lengths = grouped(rows, lambda row: row["num_head_layers"])
         if len(lengths) > 1:
@@ -376,7 +376,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[Artist, Axes], bool]]] = {
     ),
     "inference_cost": (
         "Quality against cost of inference",
-        "Mean over seeds, both budgets. FLOPs count the weights that exist. The dotted line joins what nothing beats.",
+        "Mean over seeds, all budgets. FLOPs count the weights that exist. The dotted line joins what nothing beats.",
         inference_cost,
     ),
     "training_cost": (

@@ -12,7 +12,7 @@ from .kinds import Kind, Row, figure, kind_of
 
 
 # What runs that differ in nothing but the seed have in common.
-POINT = ("method", "density", "num_head_layers", "num_ensemble_heads", "budget")
+POINT = ("method", "density", "num_head_layers", "num_ensemble_heads", "budget", "length")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def load_results(path: str | Path) -> Results:
     file = path / "results.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path}: neither a run (summary.json), nor a study (results.jsonl), nor a file of results.")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [{"length": 1.0, **json.loads(line)} for line in file.read_text(encoding="utf-8").splitlines()]
     study = file.with_name("study.json")
     setting = json.loads(study.read_text(encoding="utf-8"))["setting"] if study.exists() else ""
     finished = [row for row in rows if row["status"] == "finished" and row["budget"] != "tuning"]
@@ -76,7 +76,7 @@ def _row_of_run(folder: Path) -> Row:
         "num_head_layers": config.get("model.num_hidden_layers", "all") if layers is None else layers,
     }
     curve = [line for line in lines if kind.loss in line]
-    return {**summary, **model, "budget": kind.words["equal"], "seed": config["seed"], "curve": curve}
+    return {**summary, **model, "budget": kind.words["equal"], "length": 1.0, "seed": config["seed"], "curve": curve}
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Any, list[Row]]:
@@ -94,7 +94,8 @@ def points(rows: Iterable[Row]) -> list[list[Row]]:
 
 def main_points(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """For each method its point of most seeds (the first of those that tie) on equal data."""
-    by_method = grouped((row for row in rows if row["budget"] != "flops"), lambda row: row["method"])
+    equal = (row for row in rows if row["budget"] != "flops" and row["length"] == 1)
+    by_method = grouped(equal, lambda row: row["method"])
     return {method: max(points(own), key=len) for method, own in by_method.items()}
 
 

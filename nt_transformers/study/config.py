@@ -24,6 +24,7 @@ class Grid:
         num_ensemble_heads: Ensemble heads, M.
         budget: `tokens` (text) or `epochs` (vision): the study's `max_steps`, the default. `flops`: as many steps as
             cost what those of the study's `flops_reference` cost.
+        length: Steps as multiples of what the budget gives: sparse networks gain from more of them.
         seed: Seeds.
     """
 
@@ -32,6 +33,7 @@ class Grid:
     num_head_layers: list[int | None] = field(default_factory=lambda: [None])
     num_ensemble_heads: list[int | None] = field(default_factory=lambda: [None])
     budget: list[Budget] = field(default_factory=list)
+    length: list[float] = field(default_factory=lambda: [1.0])
     seed: list[int] = field(default_factory=lambda: [0])
 
 
@@ -104,6 +106,8 @@ class StudyConfig:
             grid.budget = grid.budget or [equal]
             for budget in grid.budget:
                 check(budget in (equal, "flops"), f"grids[{index}].budget", budget, f"choose {equal} or flops")
+            for length in grid.length:
+                check(length > 0, f"grids[{index}].length", length, "give a multiple of the budget's steps, above 0")
         remedies = {"text": "name the test documents", "vision": "give its fields, such as severities: [1, 3, 5]"}
         check(isinstance(self.test, str) == (self.kind == "text"), "test", self.test, remedies[self.kind])
         own = ("output_dir", "seed", "learning_rate", "resume_from_checkpoint")

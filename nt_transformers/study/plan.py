@@ -28,6 +28,7 @@ class RunSpec:
     num_head_layers: int | None = None
     num_ensemble_heads: int | None = None
     budget: str = "tokens"
+    length: float = 1.0
     seed: int = 0
     learning_rate: float | None = None
 
@@ -99,7 +100,8 @@ class StudyPlan:
         outline = self._outline(training)
         split = f"{outline.shape['num_ensemble_heads']}x{outline.shape['num_head_layers']}"
         density = f"{training.sparsity.density:g}"
-        name = "-".join([spec.method, density, split, spec.budget, f"seed{spec.seed}", digest])
+        budget = spec.budget if spec.length == 1 else f"{spec.length:g}x{spec.budget}"
+        name = "-".join([spec.method, density, split, budget, f"seed{spec.seed}", digest])
         folder = Path(self.config.output_dir) / "runs" / name
         return Run(spec, dataclasses.replace(training, output_dir=str(folder)), outline, name)
 
@@ -108,11 +110,11 @@ class StudyPlan:
             assert self.config.tuning_steps is not None
             return self.config.tuning_steps
         if spec.budget != "flops":
-            return self.steps
+            return max(round(self.steps * spec.length), 1)
         sparsity = self._training(spec, self.steps).sparsity
         remedy = "its cost changes while it prunes; leave it out of the budget flops"
         check(sparsity.method != "gmp", f"methods.{spec.method}.sparsity.method", sparsity.method, remedy)
-        return max(round(self.steps * self.reference_flops / self._flops_per_step(spec)), 1)
+        return max(round(self.steps * spec.length * self.reference_flops / self._flops_per_step(spec)), 1)
 
     def _flops_per_step(self, spec: RunSpec) -> float:
         training = self._training(spec, self.steps)

@@ -151,6 +151,7 @@ def _identity(run: Run) -> Row:
         "run": run.name,
         "method": run.spec.method,
         "budget": run.spec.budget,
+        "length": run.spec.length,
         "seed": run.spec.seed,
         "density": run.training.sparsity.density,
         **run.outline.shape,

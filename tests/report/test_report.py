@@ -64,7 +64,11 @@ def make_row(method: str, seed: int, layers: int = 2, budget: str = "tokens") ->
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     rows = [make_row(method, seed) for method in METHODS for seed in range(3)]
-    rows += [make_row("rigl", 0, layers=1), make_row("rigl", 0, budget="flops")]
+    rows += [
+        make_row("rigl", 0, layers=1),
+        make_row("rigl", 0, budget="flops"),
+        {**make_row("rigl", 0), "length": 2.0},
+    ]
     rows.append({**make_row("single", 0), "budget": "tuning", "test_perplexity": 12345.0})
     rows.append(
         {"run": "set-0", "method": "set", "budget": "tokens", "status": "failed", "exit_code": 9, "error": "a < b"}
@@ -82,19 +86,20 @@ def test_the_table_holds_means_and_spreads(study: Path) -> None:
     assert f"<td>{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}</td>" in page
     rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
     rows = [row for row in rows if row[0] in METHODS]
-    assert [(row[0], *row[-5:]) for row in rows[:3]] == [
-        ("single", "1", "1", "2", "tokens", "3"),
-        ("full_ensemble", "1", "3", "2", "tokens", "3"),
-        ("rigl", "0.5", "3", "2", "tokens", "3"),
+    assert [(row[0], *row[-6:]) for row in rows[:3]] == [
+        ("single", "1", "1", "2", "tokens", "1", "3"),
+        ("full_ensemble", "1", "3", "2", "tokens", "1", "3"),
+        ("rigl", "0.5", "3", "2", "tokens", "1", "3"),
     ]
-    assert [tuple(row[:6]) for row in rows[3:]] == [
-        ("rigl", "0.5", "3", "1", "tokens", "1"),
-        ("rigl", "0.5", "3", "2", "flops", "1"),
+    assert [tuple(row[:7]) for row in rows[3:]] == [
+        ("rigl", "0.5", "3", "1", "tokens", "1", "1"),
+        ("rigl", "0.5", "3", "2", "flops", "1", "1"),
+        ("rigl", "0.5", "3", "2", "tokens", "2", "1"),
     ], "points of a grid are told apart at the left"
     assert "12345" not in page  # runs that tuned a learning rate
     assert "Two documents &amp; no epoch." in page
     assert "a &lt; b" in page
-    assert "11 finished runs, 1 failed" in page
+    assert "12 finished runs, 1 failed" in page
 
 
 def test_the_page_needs_no_network(study: Path) -> None:

@@ -46,6 +46,17 @@ def test_equal_flops(study_config: MakeStudy) -> None:
     assert 1000 < runs["set", "flops"].training.max_steps < 2000
 
 
+def test_longer_training(study_config: MakeStudy) -> None:
+    grid = {"method": ["set"], "budget": ["tokens", "flops"], "length": [1, 1.5]}
+    config = study_config(grids=[grid])
+    config.training["max_steps"] = 1000
+    runs = StudyPlan(config).main_runs(RATES)
+    steps = [run.training.max_steps for run in runs]
+    assert steps[0] == 1000
+    assert (steps[1], steps[3]) == (1500, pytest.approx(1.5 * steps[2], abs=1))
+    assert len({run.name for run in runs}) == 4
+
+
 def test_a_run_is_another_run_when_anything_that_counts_changes(study_config: MakeStudy) -> None:
     config = study_config()
     name = StudyPlan(config).run(RunSpec("set")).name
@@ -71,6 +82,7 @@ def test_every_method_tries_every_learning_rate(study_config: MakeStudy) -> None
         ({"learning_rates": [1e-3, 1e-2]}, "tuning_steps=None"),
         ({"training": {"seed": 3}}, "training.seed=3: leave it to the study"),
         ({"processes": 3}, "processes=3"),
+        ({"grids": [{"method": ["set"], "length": [1, 0]}]}, r"grids\[0\].length=0.0: give a multiple"),
         (
             {"methods": {"single": {}, "set": {}, "ensemble": {"max_steps": 9}}},
             "methods.ensemble.max_steps=9: leave it out",
