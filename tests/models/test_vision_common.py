@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy, one_hot
+from transformers import Trainer, TrainingArguments
 from vision_models import (
     CLASSES,
     FAMILIES,
@@ -51,6 +52,29 @@ def test_helpers_that_every_folder_repeats_stay_the_same(helper):
 def test_methods_that_every_classifier_repeats_stay_the_same():
     methods = [family.classifier.get_output_layers for family in FAMILIES.values()]
     assert len({inspect.getsource(method) for method in methods}) == 1
+
+
+@middle_split
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_trainers_loss_is_the_mean_over_images(family, head_depth, soft, tmp_path):
+    model = make_classifier(family, head_depth)
+    images, generator = make_images(), torch.Generator().manual_seed(0)
+    labels = torch.arange(len(images)) % CLASSES
+    if soft:
+        labels = torch.rand(len(images), CLASSES, generator=generator).softmax(-1)
+    options = {"learning_rate": 1e-9, "max_steps": 1, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(images)}
+    arguments = TrainingArguments(str(tmp_path), **options, **batches, save_strategy="no")
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+
+    def collate(part):
+        return {name: torch.stack([row[name] for row in part]) for name in part[0]}
+
+    # Batch norms see one image at a time, as they do in accumulation.
+    alone = [model.train()(image[None], labels=label[None]).loss for image, label in zip(images, labels, strict=True)]
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(torch.stack(alone).mean().item(), rel=1e-3)
 
 
 @every_split

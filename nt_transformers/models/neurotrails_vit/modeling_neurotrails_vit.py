@@ -115,9 +115,13 @@ def _head_losses(
 ) -> torch.Tensor:
     """Cross-entropy [heads] of [heads, batch, classes] with class indices or probabilities, in nats, float32."""
     labels = labels.to(head_logits.device)
-    targets = labels.float() if labels.is_floating_point() else labels.long()
     # It takes a plain number as well, whatever its annotation says.
     num_items: Any = num_items_in_batch
+    if labels.is_floating_point():
+        targets = labels.float()
+        num_items = None if num_items is None else num_items / labels.shape[-1]
+    else:
+        targets = labels.long()
     return torch.stack([fixed_cross_entropy(logits.float(), targets, num_items) for logits in head_logits])
 
 
@@ -263,7 +267,9 @@ class NeuroTrailsViTModel(NeuroTrailsViTPreTrainedModel):
             _check_image_size(pixel_values, self.config.image_size)
         kwargs |= {"interpolate_pos_encoding": bool(interpolate_pos_encoding), "attention_mask": attention_mask}
         stem = self.backbone(pixel_values.to(self.dtype), **kwargs)
-        head_hidden_states = torch.stack([self.heads[m](stem, **kwargs) for m in self._active_heads])
+        outputs = [self.heads[m](stem, **kwargs) for m in self._active_heads]
+        # A device map may place the heads on different devices.
+        head_hidden_states = torch.stack([output.to(stem.device) for output in outputs])
         return NeuroTrailsVisionModelOutput(
             last_hidden_state=head_hidden_states.mean(0), head_hidden_states=head_hidden_states
         )
@@ -395,7 +401,8 @@ class NeuroTrailsViTForImageClassification(NeuroTrailsViTPreTrainedModel):
             interpolate_pos_encoding: see `NeuroTrailsViTModel.forward`, as for the next.
             attention_mask: [batch, 1 + patches].
             output_head_logits: also return every active head's logits.
-            num_items_in_batch: what the summed losses are divided by; by default the number of labels that count.
+            num_items_in_batch: entries of `labels` that are not -100 in all batches of a step, as `Trainer` counts
+                them: the loss is this batch's share of their mean. By default those of this batch.
 
         Raises:
             ValueError: see `NeuroTrailsViTModel.forward`; `labels` have another shape or, on the CPU, name a class
@@ -404,9 +411,8 @@ class NeuroTrailsViTForImageClassification(NeuroTrailsViTPreTrainedModel):
         kwargs |= {"interpolate_pos_encoding": interpolate_pos_encoding, "attention_mask": attention_mask}
         outputs = self.vit(pixel_values, **{**kwargs, "return_dict": True})
         class_tokens = outputs.head_hidden_states[:, :, 0]
-        head_logits = torch.stack(
-            [self.classifiers[m](features) for m, features in zip(self.active_heads, class_tokens, strict=True)]
-        )
+        logits = [self.classifiers[m](features) for m, features in zip(self.active_heads, class_tokens, strict=True)]
+        head_logits = torch.stack([each.to(class_tokens.device) for each in logits])
         head_losses = None
         if labels is not None:
             _check_labels(labels, head_logits)

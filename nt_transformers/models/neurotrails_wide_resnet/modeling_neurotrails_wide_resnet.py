@@ -104,9 +104,13 @@ def _head_losses(
 ) -> torch.Tensor:
     """Cross-entropy [heads] of [heads, batch, classes] with class indices or probabilities, in nats, float32."""
     labels = labels.to(head_logits.device)
-    targets = labels.float() if labels.is_floating_point() else labels.long()
     # It takes a plain number as well, whatever its annotation says.
     num_items: Any = num_items_in_batch
+    if labels.is_floating_point():
+        targets = labels.float()
+        num_items = None if num_items is None else num_items / labels.shape[-1]
+    else:
+        targets = labels.long()
     return torch.stack([fixed_cross_entropy(logits.float(), targets, num_items) for logits in head_logits])
 
 
@@ -243,7 +247,9 @@ class NeuroTrailsWideResNetModel(NeuroTrailsWideResNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         recorded: list[torch.Tensor] | None = [] if output_hidden_states else None
         stem = self.backbone(pixel_values.to(self.dtype), recorded)
-        head_hidden_states = torch.stack([self.heads[m](stem, recorded) for m in self._active_heads])
+        outputs = [self.heads[m](stem, recorded) for m in self._active_heads]
+        # A device map may place the heads on different devices.
+        head_hidden_states = torch.stack([output.to(stem.device) for output in outputs])
         last_hidden_state = head_hidden_states.mean(0)
         return NeuroTrailsVisionModelOutput(
             last_hidden_state=last_hidden_state,
@@ -300,7 +306,8 @@ class NeuroTrailsWideResNetForImageClassification(NeuroTrailsWideResNetPreTraine
                 smoothing give them; the loss is the mean over active heads of each head's own cross-entropy.
             output_hidden_states: see `NeuroTrailsWideResNetModel.forward`.
             output_head_logits: also return every active head's logits.
-            num_items_in_batch: what the summed losses are divided by; by default the number of labels that count.
+            num_items_in_batch: entries of `labels` that are not -100 in all batches of a step, as `Trainer` counts
+                them: the loss is this batch's share of their mean. By default those of this batch.
 
         Raises:
             ValueError: `pixel_values` are missing or have another number of channels; `labels` have another shape or,
@@ -308,9 +315,8 @@ class NeuroTrailsWideResNetForImageClassification(NeuroTrailsWideResNetPreTraine
         """
         outputs = self.wide_resnet(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         pooled = outputs.head_hidden_states.mean((-2, -1))
-        head_logits = torch.stack(
-            [self.classifiers[m](features) for m, features in zip(self.active_heads, pooled, strict=True)]
-        )
+        logits = [self.classifiers[m](features) for m, features in zip(self.active_heads, pooled, strict=True)]
+        head_logits = torch.stack([each.to(pooled.device) for each in logits])
         head_losses = None
         if labels is not None:
             _check_labels(labels, head_logits)
