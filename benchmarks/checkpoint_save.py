@@ -25,9 +25,9 @@ from harness import parse_args, report
 from safetensors.torch import save_file
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
+from nt_transformers.files import sync
 from nt_transformers.sparsity import Sparsifier, SparsityConfig
 from nt_transformers.training.checkpoint import rotate_checkpoints, save_checkpoint
-from nt_transformers.training.files import sync
 from nt_transformers.training.nonfinite import describe_state
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.serialization import config as serialization_config
 
-from .files import PARTIAL_SUFFIX, partial_path, sync
+from ..files import PARTIAL_SUFFIX, partial_path, sync
 
 
 MANIFEST = "manifest.json"

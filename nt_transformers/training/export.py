@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..data import text_provenance
-from .files import partial_path, sync, write_text
+from ..files import partial_path, sync, write_text
 
 
 CITATION = """

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .files import sync, write_text
+from ..files import sync, write_text
 from .timing import SHARES
 
 
