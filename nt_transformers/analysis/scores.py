@@ -115,7 +115,13 @@ class EnsembleScores:
     def classifier_figures(self, vote: str) -> dict[str, Any]:
         """`accuracy`, `nll`, `ece` and `brier` of the model's own vote ("probs" or "logits") by their names, of each
         vote with the suffix `_probs_vote` and `_logits_vote`, of the heads as a list with the suffix `_heads`;
-        `disagreement`, `ambiguity`, `kl`, `mutual_information` and `reliability` as in `figures`; `images`."""
+        `disagreement`, `ambiguity`, `kl`, `mutual_information` and `reliability` as in `figures`; `images`.
+
+        Raises:
+            ValueError: there are no images.
+        """
+        if not self.items:
+            raise ValueError("data: no image could be read, so there is nothing to score: repair the images.")
         result: dict[str, Any] = {}
         for name, values in self.members().items():
             result |= {name: float(values[_place(vote)])}

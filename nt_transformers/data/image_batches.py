@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .images import DamagedImageError, ImageDataConfig, LabelledImages
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+Item = TypeVar("Item")
 Transform = Callable[[Image.Image], Image.Image]
 
 
@@ -124,10 +125,14 @@ class ImagePreparation:
             return None
 
     def collate(self, images: Sequence[Image.Image | None], indices: Sequence[int]) -> Batch:
-        """The batch of the images that are there; `indices` number them in the data set."""
+        """The batch of the images that are there, of which there has to be one; `indices` number them in the data
+        set."""
         kept = [(image, index) for image, index in zip(images, indices, strict=True) if image is not None]
         if not kept:
-            raise ValueError(f"data: every image of a batch is damaged, such as {self.images.place(indices[0])}.")
+            raise DamagedImageError(
+                f"data: every image of a batch is damaged, such as {self.images.place(indices[0])}: check the path, "
+                "or use larger batches."
+            )
         pixels = torch.stack([v2.functional.pil_to_tensor(image) for image, _ in kept])
         labels = torch.from_numpy(self.images.labels[[index for _, index in kept]])
         return {"pixel_values": self.normalize(pixels), "labels": labels}
@@ -217,6 +222,8 @@ class TrainingBatches(Dataset[Batch]):
 class EvaluationBatches(Dataset[Batch]):
     """One pass over this process's share of the images, every `world_size`-th, in order.
 
+    A batch of damaged images that are to be skipped is empty.
+
     Args:
         images: Images to evaluate on.
         config: How they are prepared.
@@ -251,7 +258,10 @@ class EvaluationBatches(Dataset[Batch]):
         if number >= len(self):
             raise IndexError(number)
         indices = self.share[number * self.batch_size : (number + 1) * self.batch_size]
-        return self.preparation.collate([self.prepared(index) for index in indices], indices)
+        images = [self.prepared(index) for index in indices]
+        if not any(images):
+            return {}
+        return self.preparation.collate(images, indices)
 
     def prepared(self, index: int) -> Image.Image | None:
         """Image number `index` of the data set before normalisation; None if it is damaged and to be skipped."""
@@ -275,20 +285,25 @@ def keyed_randomness(*key: int | str) -> Iterator[None]:
 
 def training_loader(
     batches: TrainingBatches, position: Mapping[str, int] | None = None, num_workers: int = 0
-) -> DataLoader[Batch]:
+) -> Iterator[Batch]:
     """The endless batches from `position` on, prepared by `num_workers` background processes."""
     starts = itertools.count(batches.start_at(position), batches.stride)
-    return _loader(batches, num_workers, sampler=starts)
+    return read_ahead(batches, num_workers, sampler=starts)
 
 
-def evaluation_loader(batches: EvaluationBatches, num_workers: int = 0) -> DataLoader[Batch]:
-    """The batches in order, prepared by `num_workers` background processes."""
-    return _loader(batches, num_workers)
+def evaluation_loader(batches: EvaluationBatches, num_workers: int = 0) -> Iterator[Batch]:
+    """The batches that are not empty in order, prepared by `num_workers` background processes."""
+    return filter(None, read_ahead(batches, num_workers))
 
 
-def _loader(batches: Dataset[Batch], num_workers: int, **options: Any) -> DataLoader[Batch]:
-    return DataLoader(
-        batches,
+def read_ahead(items: Dataset[Item], num_workers: int, **options: Any) -> Iterator[Item]:
+    """What a data set holds, item by item, read by `num_workers` background processes.
+
+    Raises:
+        ValueError: as the data set raises it: what comes from a process itself carries that one's traceback.
+    """
+    loader: DataLoader[Item | ValueError] = DataLoader(
+        _ErrorsAsItems(items),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -296,3 +311,21 @@ def _loader(batches: Dataset[Batch], num_workers: int, **options: Any) -> DataLo
         generator=torch.Generator(),
         **options,
     )
+    for item in loader:
+        if isinstance(item, ValueError):
+            raise item
+        yield item
+
+
+class _ErrorsAsItems(Dataset[Item | ValueError]):
+    def __init__(self, items: Dataset[Item]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> Item | ValueError:
+        try:
+            return self.items[number]
+        except ValueError as error:
+            return error

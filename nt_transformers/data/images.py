@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
 
 from ..validation import check, check_types
 from .documents import is_local
@@ -26,6 +27,8 @@ from .documents import is_local
 logger = logging.getLogger(__name__)
 
 TABLE_ENDINGS = (".parquet", ".arrow")
+# By these `save_to_disk` marks a data set, and a dictionary of data sets by split.
+SAVED_DATASET, SAVED_DICTIONARY = "state.json", "dataset_dict.json"
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -39,13 +42,13 @@ class ImageDataConfig:
     """Which images a classifier trains on, and how they are prepared and augmented.
 
     Args:
-        train: Training images: a data set id of the hub; a local file, glob or folder of `*.parquet` or `*.arrow`; a
-            folder with one subfolder of images for each class (ImageNet's layout); or a folder of IDX files (MNIST's
-            format).
+        train: Training images: a data set id of the hub; a local file, glob or folder of `*.parquet` or `*.arrow`, as
+            `save_to_disk` writes it as well; a folder with one subfolder of images for each class (ImageNet's layout);
+            or a folder of IDX files (MNIST's format).
         name: Configuration of the hub's data set; local files have none.
         train_split: Split of the hub's data set, or subfolder of a local folder, to train on. Tables take a slice as
             well: `train[:5000]`.
-        test: Test images, in the same forms. Default: the split `test_split` of `train`.
+        test: Test images, in the same forms. Default: the split `test_split` of `train`, which it then has to have.
         test_split: Split or subfolder of the test images.
         image_column: Column of a table that holds the images.
         label_column: Column of a table that holds the classes.
@@ -133,8 +136,24 @@ class ImageDataConfig:
         return hub_class_names(self.train, self.name, self.label_column)
 
     def load_test(self, class_names: Sequence[str]) -> "LabelledImages":
-        """Test images, numbered as `class_names` of the training images; errors of `load_images`, `with_classes`."""
-        return self._load(self.test or self.train, self.test_split).with_classes(class_names)
+        """Test images, numbered as `class_names` of the training images.
+
+        Raises:
+            ValueError: they are training images; errors of `load_images` and `with_classes`.
+        """
+        source = self.test or self.train
+        others = source != self.train or (self.test_split != self.train_split and self._has_test_split())
+        self._check(others, "test", "these are the training images; name others, or a test_split that data.train has")
+        return self._load(source, self.test_split).with_classes(class_names)
+
+    def _has_test_split(self) -> bool:
+        """Whether `train` itself tells its training from its test images."""
+        if not is_local(self.train):
+            return True
+        path = Path(self.train).expanduser()
+        if not path.is_dir() or (path / SAVED_DATASET).is_file():
+            return "[" in self.train_split and "[" in self.test_split
+        return (path / self.test_split).is_dir() or _holds_tables(path) or _find_idx(path, self.test_split) is not None
 
     def _load(self, source: str, split: str) -> "LabelledImages":
         return load_images(
@@ -170,14 +189,15 @@ class LabelledImages(ABC):
         return len(self.labels)
 
     def read(self, index: int) -> Image.Image:
-        """The decoded image.
+        """The decoded image, of 8 bits a channel.
 
         Raises:
-            DamagedImageError: it cannot be decoded.
+            DamagedImageError: it cannot be decoded, or its values have no known range.
         """
         try:
             image = self._open(index)
             image.load()
+            image = _eight_bits(image)
         # What Pillow raises depends on the format and the damage.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise DamagedImageError(
@@ -200,17 +220,17 @@ class LabelledImages(ABC):
     def with_classes(self, class_names: Sequence[str]) -> "LabelledImages":
         """The same images, with labels that number `class_names`.
 
-        Classes are matched by name. Where not all names are known, equally many classes are taken to be the same, in
-        the same order: the hub's ImageNet has words for its classes, folders have WordNet numbers.
+        Classes are matched by name. Where no name is known, equally many classes are taken to be the same, in the same
+        order: the hub's ImageNet has words for its classes, folders have WordNet numbers.
 
         Raises:
-            ValueError: names are unknown, and the numbers of classes differ.
+            ValueError: only some names are known, or none and the numbers of classes differ.
         """
         unknown = sorted(set(self.class_names) - set(class_names))
         if not unknown:
             numbers = np.array([list(class_names).index(name) for name in self.class_names])
             return Selection(self, np.arange(len(self)), numbers[self.labels], class_names)
-        if len(self.class_names) != len(class_names):
+        if len(unknown) < len(set(self.class_names)) or len(self.class_names) != len(class_names):
             raise ValueError(
                 f"data: {self} has {len(self.class_names)} classes, {unknown[0]!r} among them, which are not those "
                 f"that the network knows ({len(class_names)}, {class_names[0]!r} among them): name data of the same "
@@ -218,6 +238,15 @@ class LabelledImages(ABC):
             )
         logger.warning("%s: class %r is unknown; classes are matched by their order", self, unknown[0])
         return Selection(self, np.arange(len(self)), self.labels, class_names)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits scaled; Pillow would cut their values off at 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, whose values have no range; convert it to 8 or 16 bits")
+    return image
 
 
 class Selection(LabelledImages):
@@ -350,9 +379,11 @@ def load_images(
     if is_local(source) and path.is_dir():
         if idx := _find_idx(path, split):
             return IdxImages(*idx)
-        if not any(file.suffix in TABLE_ENDINGS for pattern in ("*", "*/*") for file in path.glob(pattern)):
-            return FolderImages(path / split if (path / split).is_dir() else path)
+        if not _holds_tables(path):
+            return FolderImages(_class_folders(path, split))
         arguments: dict[str, Any] = {"path": str(path)}
+        if saved := _saved_tables(path, split.partition("[")[0]):
+            arguments = {"path": "arrow", "data_files": {split.partition("[")[0]: saved}}
     elif is_local(source):
         files = sorted(match for match in glob.glob(str(path), recursive=True) if match.endswith(TABLE_ENDINGS))
         if not files:
@@ -365,6 +396,35 @@ def load_images(
     else:
         arguments = {"path": source, "name": name}
     return TableImages(_load_table(source, split, arguments), source, image_column, label_column)
+
+
+def _saved_tables(folder: Path, split: str) -> list[str]:
+    """Files of a data set or a dictionary of them that `save_to_disk` wrote, if it did."""
+    place = folder / split if (folder / SAVED_DICTIONARY).is_file() else folder
+    return sorted(map(str, place.glob("*.arrow"))) if (place / SAVED_DATASET).is_file() else []
+
+
+def _holds_tables(folder: Path) -> bool:
+    return any(file.suffix in TABLE_ENDINGS for pattern in ("*", "*/*") for file in folder.glob(pattern))
+
+
+def _class_folders(folder: Path, split: str) -> Path:
+    """The folder that holds the folders of the classes: that of the split, or `folder` if it is not split."""
+    if (folder / split).is_dir():
+        return folder / split
+    splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _holds_class_folders(entry))
+    if splits:
+        raise ValueError(
+            f"data: {str(folder)!r} has no subfolder {split!r} (it has {', '.join(map(repr, splits))}): set the split "
+            "to one that it has (data.train_split, data.test_split, or --split)."
+        )
+    return folder
+
+
+def _holds_class_folders(folder: Path) -> bool:
+    # A class may keep its images one folder further down, as Tiny-ImageNet's do; several folders are classes.
+    entries = list(folder.iterdir())
+    return sum(entry.is_dir() for entry in entries) > 1 and not any(is_image_file(entry.name) for entry in entries)
 
 
 def hub_class_names(source: str, name: str | None, label_column: str) -> list[str]:

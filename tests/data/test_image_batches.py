@@ -275,6 +275,18 @@ def test_a_damaged_image_stops_training_unless_it_is_to_be_skipped(
     assert sum(len(part["labels"]) for part in kept) == 35
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_message_is_the_same_from_a_worker(damaged: Path, workers: int) -> None:
+    with pytest.raises(DamagedImageError, match=r"^data: \S+n02/03\.png cannot be decoded") as found:
+        take(batches(load_images(str(damaged)), batch_size=36), 1, workers=workers)
+    assert "\n" not in str(found.value)
+
+
+def test_evaluation_goes_on_after_a_batch_of_damaged_images_only(damaged: Path) -> None:
+    kept = EvaluationBatches(load_images(str(damaged)), config(skip_damaged_images=True), batch_size=1)
+    assert [len(batch["labels"]) for batch in evaluation_loader(kept, num_workers=1)] == [1] * 35
+
+
 def test_a_batch_of_damaged_images_only_is_an_error(damaged: Path) -> None:
     images = load_images(str(damaged))
     alone = images.select(np.array([i for i in range(len(images)) if images.place(i).endswith("n02/03.png")]))

@@ -60,6 +60,17 @@ def write_arrow(folder: Path, pixels: np.ndarray) -> str:
     return str(folder / "arrow" / "*.arrow")
 
 
+def write_saved(folder: Path, pixels: np.ndarray) -> str:
+    table(pixels, LABELS, ["a", "b", "c"]).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def write_saved_splits(folder: Path, pixels: np.ndarray) -> str:
+    rows = table(pixels, LABELS, ["a", "b", "c"])
+    datasets.DatasetDict({"train": rows, "test": rows.select([3, 4])}).save_to_disk(folder / "splits")
+    return str(folder / "splits")
+
+
 def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
 
@@ -83,7 +94,18 @@ def load(source: str, split: str = "train") -> LabelledImages:
     return load_images(source, split, image_column="picture", label_column="kind")
 
 
-@pytest.mark.parametrize("write", [write_parquet, write_parquet_folder, write_arrow, write_idx, write_folder])
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_parquet,
+        write_parquet_folder,
+        write_arrow,
+        write_saved,
+        write_saved_splits,
+        write_idx,
+        write_folder,
+    ],
+)
 def test_every_form_holds_the_same_images(
     tmp_path: Path, pixels: np.ndarray, write: Callable[[Path, np.ndarray], str]
 ) -> None:
@@ -183,6 +205,20 @@ def test_a_damaged_image_is_named(tmp_path: Path, pixels: np.ndarray, damage: st
     assert images.read(0).size == (28, 28)
 
 
+def test_grey_images_of_16_bits_keep_their_shades(tmp_path: Path, pixels: np.ndarray) -> None:
+    path = Path(write_folder(tmp_path, pixels)) / "train" / "a" / "1.png"
+    Image.fromarray(pixels[1].astype(np.uint16) * 257).save(path)
+    images = load(str(path.parents[2]))
+    assert np.array_equal(np.asarray(images.read(0).convert("RGB"))[..., 0], pixels[1])
+
+
+def test_images_whose_values_have_no_range_are_named(tmp_path: Path, pixels: np.ndarray) -> None:
+    path = Path(write_folder(tmp_path, pixels)) / "train" / "a" / "1.tif"
+    Image.fromarray(pixels[1].astype(np.float32) / 255).save(path)
+    with pytest.raises(DamagedImageError, match=r"1\.tif .*mode F, whose values have no range"):
+        load(str(path.parents[2])).read(1)
+
+
 def test_an_image_in_a_table_is_named_by_its_row(tmp_path: Path, pixels: np.ndarray) -> None:
     rows = table(pixels, LABELS).to_dict()
     rows["picture"][2]["bytes"] = b"no image"
@@ -212,6 +248,53 @@ def test_test_images_are_those_of_the_test_split(image_folder: Path) -> None:
     assert [test.place(i) for i in range(len(test))] == sorted(map(str, (image_folder / "val").glob("*/*.png")))
 
 
+def forms_without_a_test_split(folder: Path, pixels: np.ndarray) -> list[str]:
+    writers = (write_parquet, write_arrow, write_saved)
+    return [*(write(folder, pixels) for write in writers), f"{write_folder(folder, pixels)}/train"]
+
+
+def test_training_images_are_never_test_images(tmp_path: Path, pixels: np.ndarray) -> None:
+    columns: dict[str, Any] = {"image_column": "picture", "label_column": "kind"}
+    for source in forms_without_a_test_split(tmp_path, pixels):
+        for test in (None, source):
+            config = ImageDataConfig(train=source, test=test, **columns)
+            with pytest.raises(ValueError, match=r"^data\.test=.*these are the training images; name others"):
+                config.load_test(["a", "b", "c"])
+    hub = ImageDataConfig(train="nobody/nothing", test_split="train")
+    with pytest.raises(ValueError, match=r"^data\.test=None: these are the training images"):
+        hub.load_test(["a"])
+
+
+def test_slices_of_one_table_train_and_test(tmp_path: Path, pixels: np.ndarray) -> None:
+    splits = {"train_split": "train[:3]", "test_split": "train[3:]"}
+    columns = {"image_column": "picture", "label_column": "kind"}
+    test = ImageDataConfig(train=write_parquet(tmp_path, pixels), **splits, **columns).load_test(["a", "b", "c"])
+    assert test.labels.tolist() == LABELS[3:]
+
+
+def test_splits_that_were_saved_together(tmp_path: Path, pixels: np.ndarray) -> None:
+    source = write_saved_splits(tmp_path, pixels)
+    test = ImageDataConfig(train=source, image_column="picture", label_column="kind").load_test(["a", "b", "c"])
+    assert test.labels.tolist() == LABELS[3:]
+    with pytest.raises(ValueError, match=r"cannot load .*split 'exam'"):
+        load(source, "exam")
+
+
+def test_splits_are_not_taken_for_classes(image_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"no subfolder 'test' \(it has 'train', 'val'\): set the split"):
+        load_images(str(image_folder), "test")
+    with pytest.raises(ValueError, match=r"^data\.test=None"):
+        ImageDataConfig(train=str(image_folder)).load_test(["n01", "n02", "n03"])
+
+
+def test_classes_may_keep_their_images_one_folder_further_down(tmp_path: Path, pixels: np.ndarray) -> None:
+    for number, name in enumerate("abc"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.fromarray(pixels[number]).save(tmp_path / name / "images" / "0.png")
+        (tmp_path / name / "boxes.txt").write_text("0.png 0 0 27 27")
+    assert load_images(str(tmp_path)).class_names == ["a", "b", "c"]
+
+
 def test_classes_are_matched_by_name(image_folder: Path) -> None:
     images = load_images(str(image_folder), "val")
     matched = images.with_classes(["n09", "n03", "n02", "n01"])
@@ -220,6 +303,8 @@ def test_classes_are_matched_by_name(image_folder: Path) -> None:
     assert np.array_equal(images.with_classes(["x", "y", "z"]).labels, images.labels), "else by their order"
     with pytest.raises(ValueError, match="3 classes, 'n01' among them, .*4, 'w' among them"):
         images.with_classes(["w", "x", "y", "z"])
+    with pytest.raises(ValueError, match="3 classes, 'n02' among them, .*3, 'n01' among them"):
+        images.with_classes(["n01", "n03", "n04"])
 
 
 @pytest.mark.parametrize(
