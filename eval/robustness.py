@@ -11,31 +11,42 @@ the next model. Several models are compared in one table and plot.
 """
 
 import argparse
+import itertools
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import nt_transformers  # noqa: F401  (registers the models)
-from nt_transformers.analysis.robustness import RobustnessTest, plot_severity
-from nt_transformers.data.corruptions import CORRUPTIONS, SEVERITIES, write_corrupted
+from nt_transformers.analysis.robustness import RobustnessTest, check_plot, plot_severity
+from nt_transformers.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, write_corrupted
 from nt_transformers.data.image_batches import preparation_of
-from nt_transformers.data.images import LabelledImages, load_images
+from nt_transformers.data.images import ImageDataConfig, LabelledImages, load_images
+from nt_transformers.files import write_text
 
 
 def main() -> None:
-    args = parse_args()
-    results = {name: measure(name, args) for name in args.model}
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    parser = argument_parser()
+    args = parser.parse_args()
+    try:
+        check_arguments(args)
+        subjects = {name: Subject.load(name, args) for name in args.model}
+        results: dict[str, Any] = {}
+        for name, subject in subjects.items():
+            results[name] = subject.measure(args)
+            if args.output:
+                write_text(args.output, json.dumps(results, indent=2))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     show(results)
     if args.plot:
         plot_severity(results, args.plot)
 
 
-def parse_args() -> argparse.Namespace:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, help="folder or hub id; may be given several times")
     parser.add_argument("--data", required=True, help="clean test images: a hub id, table, folder of classes or IDX")
@@ -53,6 +64,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--shifted", action="append", default=[], metavar="DIR", help="folder of classes, other domain"
     )
+    parser.add_argument(
+        "--skip_damaged_images", action="store_true", help="go on without images that cannot be decoded, naming them"
+    )
     parser.add_argument("--batch_size", type=int, default=128, help="images at a time (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read (default: %(default)s)")
     parser.add_argument(
@@ -60,31 +74,63 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy over severity")
-    return parser.parse_args()
+    return parser
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one model, by kind of images."""
-    model = AutoModelForImageClassification.from_pretrained(name, dtype="auto").eval().to(args.device)
-    class_names = [model.config.id2label[label] for label in range(model.config.num_labels)]
-    preparation = preparation_of(AutoImageProcessor.from_pretrained(name))
-    test = RobustnessTest(model, preparation, args.batch_size, args.num_workers)
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` for what would come to light only after hours."""
+    if args.batch_size < 1 or args.num_workers < 0:
+        raise ValueError(f"--batch_size {args.batch_size} --num_workers {args.num_workers}: give at least 1 and 0.")
+    # A folder may hold others than the 15.
+    for name, severity in itertools.product(CORRUPTIONS[:1] if args.corrupted else args.corruptions, args.severities):
+        Corruption(name, severity)
+    for path in filter(None, (args.output, args.plot)):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f"{str(path)!r}: name a file, in a folder that is there.")
+    if args.plot:
+        if not args.corruptions:
+            raise ValueError(f"--plot {args.plot}: draws accuracy over severity; name --corruptions, or leave it out.")
+        check_plot(args.plot)
 
-    def load(source: str) -> LabelledImages:
+
+@dataclass
+class Subject:
+    """One model, and the images as it takes them: loaded for all models before any is measured."""
+
+    model: Any
+    preparation: ImageDataConfig
+    clean: LabelledImages
+    shifted: dict[str, LabelledImages]
+
+    @classmethod
+    def load(cls, name: str, args: argparse.Namespace) -> Self:
+        model = AutoModelForImageClassification.from_pretrained(name, dtype="auto").eval()
+        class_names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+        preparation = replace(
+            preparation_of(AutoImageProcessor.from_pretrained(name)), skip_damaged_images=args.skip_damaged_images
+        )
         columns = {"image_column": args.image_column, "label_column": args.label_column}
-        return load_images(source, args.split, name=args.name, **columns).with_classes(class_names)
 
-    clean = load(args.data)
-    result: dict[str, Any] = {"clean": test.on(clean)}
-    if args.corruptions:
-        if args.write_corrupted:
-            missing = [kind for kind in args.corruptions if not (args.write_corrupted / f"{kind}.npy").exists()]
-            write_corrupted(clean, preparation, args.write_corrupted, missing, args.num_workers)
-        images = args.corrupted or args.write_corrupted or clean
-        result["corrupted"] = test.on_corrupted(images, args.corruptions, args.severities)
-    if args.shifted:
-        result["shifted"] = {source: test.on(load(source)) for source in args.shifted}
-    return result
+        def load(source: str) -> LabelledImages:
+            return load_images(source, args.split, name=args.name, **columns).with_classes(class_names)
+
+        return cls(model, preparation, load(args.data), {source: load(source) for source in args.shifted})
+
+    def measure(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Figures by kind of images."""
+        test = RobustnessTest(self.model.to(args.device), self.preparation, args.batch_size, args.num_workers)
+        result: dict[str, Any] = {}
+        # The corrupted first: what is wrong with their files shows before any of them is read.
+        if args.corruptions:
+            if args.write_corrupted:
+                write_corrupted(self.clean, self.preparation, args.write_corrupted, args.corruptions, args.num_workers)
+            images = args.corrupted or args.write_corrupted or self.clean
+            result["corrupted"] = test.on_corrupted(images, args.corruptions, args.severities)
+        result["clean"] = test.on(self.clean)
+        if args.shifted:
+            result["shifted"] = {source: test.on(images) for source, images in self.shifted.items()}
+        self.model.cpu()
+        return result
 
 
 def show(results: dict[str, Any]) -> None:

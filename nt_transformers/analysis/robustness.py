@@ -95,6 +95,17 @@ def mean_figures(figures: Iterable[Figures]) -> Figures:
     return means
 
 
+def check_plot(path: Path) -> None:
+    """Raises a `ValueError` unless `plot_severity` could write this file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"plots are drawn by matplotlib ({error}): pip install nt_transformers[plots]") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"{str(path)!r}: name a file that ends in one of {', '.join(sorted(kinds))}.")
+
+
 def plot_severity(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draws accuracy over severity (0 is clean): a line for the vote of each model, thin ones for its heads.
 

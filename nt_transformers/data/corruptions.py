@@ -6,19 +6,22 @@ The package `imagecorruptions` makes them, as strong as in ImageNet-C at any ima
 were chosen for 32 x 32 pixels. Figures under the one do not compare with figures under the other.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from ..files import partial_path, write_text
 from ..sparsity.selection import keyed_generator
-from .image_batches import EvaluationBatches
+from .image_batches import EvaluationBatches, read_ahead
 from .images import FolderImages, ImageDataConfig, LabelledImages
 
 
@@ -40,6 +43,10 @@ CORRUPTIONS = (
     "jpeg_compression",
 )
 SEVERITIES = (1, 2, 3, 4, 5)
+
+# In a folder of CIFAR-C's form; what the images were made of, of which that many are compared.
+LABELS, ORIGIN = "labels.npy", "origin.json"
+ORIGIN_IMAGES = 64
 
 # The package refuses smaller images.
 SMALLEST_SIDE = 32
@@ -106,10 +113,9 @@ class ArrayImages(LabelledImages):
     """Images as one array, uint8 `[images, height, width, 3]`, or without the last dimension if grey."""
 
     def __init__(self, path: Path, pixels: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
+        assert len(pixels) == len(labels)
         self.path = path
         self.pixels = pixels
-        if len(pixels) != len(labels):
-            raise ValueError(f"data: {path} holds {len(pixels)} images for {len(labels)} labels: fetch it again.")
         super().__init__(labels.astype(np.int64), class_names)
 
     def __str__(self) -> str:
@@ -137,17 +143,35 @@ def load_corrupted(folder: Path, name: str, severity: int, class_names: Sequence
     """
     path = folder / f"{name}.npy"
     if path.is_file() and severity in SEVERITIES:
-        pixels, labels = np.load(path, mmap_mode="r"), np.load(folder / "labels.npy")
+        pixels, labels = _load_array(path), _load_array(folder / LABELS)
+        if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+            raise ValueError(
+                f"data: {path} holds {pixels.dtype} {list(pixels.shape)}, not uint8 [5 x images, height, width, 3]: "
+                "fetch or make it again."
+            )
+        if len(pixels) % len(SEVERITIES) or labels.shape != (len(pixels),):
+            raise ValueError(
+                f"data: {path} holds {len(pixels)} images, which are to be five severities of the same ones, and "
+                f"{LABELS} labels {list(labels.shape)}: fetch or make both again."
+            )
         size = len(pixels) // len(SEVERITIES)
         part = slice((severity - 1) * size, severity * size)
         return ArrayImages(path, pixels[part], labels[part], class_names)
     if (folder / name / str(severity)).is_dir():
         return FolderImages(folder / name / str(severity)).with_classes(class_names)
-    found = sorted({entry.name.removesuffix(".npy") for entry in folder.glob("*")} - {"labels"})
+    ours = {Path(name).stem for name in (LABELS, ORIGIN)}
+    found = sorted({entry.name.removesuffix(".npy") for entry in folder.glob("*")} - ours)
     raise ValueError(
         f"corruption {name!r} of severity {severity!r} does not exist in {str(folder)!r}: expected {name}.npy or "
         f"{name}/{severity}/ there, which holds {', '.join(found) or 'nothing'}."
     )
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"data: {path} cannot be read ({error}): fetch or make it again.") from error
 
 
 def write_corrupted(
@@ -159,38 +183,75 @@ def write_corrupted(
 ) -> None:
     """Makes the corrupted images once, for several networks: files in CIFAR-C's form, read by `load_corrupted`.
 
+    Those that are there already are kept. An interruption leaves each file whole or absent.
+
     Args:
         images: Images to corrupt.
         config: How they are brought to the network's size beforehand.
         folder: Where to write; made if it is not there.
         corruptions: Which corruptions.
         num_workers: Processes that work at the same time.
+
+    Raises:
+        ValueError: a corruption does not exist, an image is damaged and not to be skipped, or the folder holds
+            corruptions of other images.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "labels.npy", np.tile(images.labels, len(SEVERITIES)))
+    made = {name: [Corruption(name, severity) for severity in SEVERITIES] for name in corruptions}
+    clean = EvaluationBatches(images, config, batch_size=1)
+    kept = [index for index in range(len(images)) if not config.skip_damaged_images or clean.prepared(index)]
+    _claim(folder, images.labels[kept], clean, kept)
     side = (config.image_size, config.image_size)
-    shape = (len(SEVERITIES), len(images), *side, *((3,) if config.num_channels == 3 else ()))
-    for name in corruptions:
-        made = _MadeImages(images, config, [Corruption(name, severity) for severity in SEVERITIES])
-        partial = folder / f"{name}.partial"
-        pixels = np.memmap(partial, np.uint8, "w+", shape=shape)
-        for index, severities in enumerate(DataLoader(made, batch_size=None, num_workers=num_workers)):
-            pixels[:, index] = severities
-        np.save(folder / f"{name}.npy", pixels.reshape(-1, *shape[2:]))
-        partial.unlink()
+    shape = (len(SEVERITIES) * len(kept), *side, *((3,) if config.num_channels == 3 else ()))
+    for name, severities in made.items():
+        if (folder / f"{name}.npy").exists():
+            continue
+        partial = partial_path(folder / f"{name}.npy")
+        pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        for place, pictures in enumerate(read_ahead(_MadeImages(clean, kept, severities), num_workers)):
+            pixels[place :: len(kept)] = pictures
+        pixels.flush()
+        partial.replace(folder / f"{name}.npy")
+
+
+def _claim(folder: Path, labels: np.ndarray, clean: EvaluationBatches, kept: Sequence[int]) -> None:
+    """Writes labels and origin into the folder, or finds the same origin there."""
+    sample = np.unique(np.linspace(0, len(kept) - 1, ORIGIN_IMAGES, dtype=int))
+    digest = hashlib.blake2b(labels.tobytes(), digest_size=16)
+    for place in sample:
+        image = clean.prepared(kept[place])
+        assert image is not None
+        digest.update(np.asarray(image).tobytes())
+    origin = {"images": len(kept), "digest": digest.hexdigest()}
+    if not folder.exists() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        # The origin comes first: a folder without labels is seen to be unfinished.
+        write_text(folder / ORIGIN, json.dumps(origin))
+    elif not (folder / ORIGIN).exists() or json.loads((folder / ORIGIN).read_text(encoding="utf-8")) != origin:
+        raise ValueError(
+            f"{str(folder)!r} holds other files than corruptions of these {len(kept)} images, prepared as this "
+            "network takes them: name another folder."
+        )
+    if not (folder / LABELS).exists():
+        partial = partial_path(folder / LABELS)
+        with partial.open("wb") as file:
+            np.save(file, np.tile(labels, len(SEVERITIES)))
+        partial.replace(folder / LABELS)
 
 
 class _MadeImages(Dataset[np.ndarray]):
     """Each image under several corruptions: uint8 `[corruptions, height, width, 3]`, or without the 3 if grey."""
 
-    def __init__(self, images: LabelledImages, config: ImageDataConfig, corruptions: Sequence[Corruption]) -> None:
-        self.clean = EvaluationBatches(images, replace(config, skip_damaged_images=False), batch_size=1)
+    def __init__(self, clean: EvaluationBatches, indices: Sequence[int], corruptions: Sequence[Corruption]) -> None:
+        self.clean = clean
+        self.indices = indices
         self.corruptions = corruptions
 
     def __len__(self) -> int:
-        return len(self.clean)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, place: int) -> np.ndarray:
+        # By the number it has among all images, damaged ones as well, as where corruptions are made on the way.
+        index = self.indices[place]
         image = self.clean.prepared(index)
-        assert image is not None, "damaged images stop here, so that every number has its image"
+        assert image is not None
         return np.stack([np.asarray(corrupt(image, index)) for corrupt in self.corruptions])

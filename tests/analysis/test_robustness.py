@@ -2,6 +2,8 @@
 """Robustness of a small classifier, from Python and as a command."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,41 @@ def test_plot(tmp_path: Path) -> None:
     plot_severity({"a": result, "b": result}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size == (900, 600)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--shifted {}/none", "no images at"),
+        ("--model {}/none", "none"),
+        ("--corruptions rain", "corruption 'rain' does not exist"),
+        ("--severities 9", "severity 9 does not exist"),
+        ("--corrupted {}", "corruption 'gaussian_noise' of severity 1 does not exist in"),
+        ("--output {}", "name a file, in a folder that is there"),
+        ("--plot {}/none/plot.png", "name a file, in a folder that is there"),
+        ("--plot {}/plot.docx", "name a file that ends in one of .*png"),
+        ("--plot {}/plot.png --corruptions", "draws accuracy over severity; name --corruptions"),
+        ("--batch_size 0", "--batch_size 0"),
+    ],
+)
+def test_a_mistake_ends_the_command_before_anything_is_measured(
+    model: NeuroTrailsWideResNetForImageClassification,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    message: str,
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    image_processor(PREPARATION).save_pretrained(tmp_path / "model")
+    given = f"--model {tmp_path}/model --data {image_folder} --split val --num_workers 0 {options.format(tmp_path)}"
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *given.split()])
+    monkeypatch.setattr(RobustnessTest, "_score", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Corruptions: the standard ones, the same at every call, in files as CIFAR-C and ImageNet-C have them."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ from imagecorruptions import get_corruption_names
 from PIL import Image
 
 from nt_transformers.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption, load_corrupted, write_corrupted
-from nt_transformers.data.images import ImageDataConfig, load_images
+from nt_transformers.data.image_batches import EvaluationBatches
+from nt_transformers.data.images import DamagedImageError, ImageDataConfig, load_images
 
 
 CLASSES = ["n01", "n02", "n03"]
@@ -75,13 +78,79 @@ def test_what_is_written_is_what_is_made(image_folder: Path, tmp_path: Path, gre
     config = ImageDataConfig(image_size=32, crop="none", **({"mean": [0.5], "std": [0.5]} if grey else {}))
     images = load_images(str(image_folder), "val")
     write_corrupted(images, config, tmp_path, ["gaussian_noise"], num_workers=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"gaussian_noise.npy", "labels.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gaussian_noise.npy", "labels.npy", "origin.json"}
     assert np.load(tmp_path / "gaussian_noise.npy").shape == (60, 32, 32, *(() if grey else (3,)))
     for severity in SEVERITIES:
         read = load_corrupted(tmp_path, "gaussian_noise", severity, CLASSES)
         assert np.array_equal(read.labels, images.labels)
         clean = images.read(5).convert("L" if grey else "RGB").resize((32, 32), Image.Resampling.BILINEAR)
         assert read.read(5).tobytes() == Corruption("gaussian_noise", severity)(clean, 5).tobytes()
+
+
+def test_images_are_made_once_and_only_for_the_same_network_input(image_folder: Path, tmp_path: Path) -> None:
+    config = ImageDataConfig(image_size=32, crop="none")
+    images = load_images(str(image_folder), "val")
+    write_corrupted(images, config, tmp_path, ["contrast"])
+    first = (tmp_path / "contrast.npy").stat()
+    write_corrupted(images, config, tmp_path, ["contrast", "pixelate"])
+    assert (tmp_path / "contrast.npy").stat().st_mtime_ns == first.st_mtime_ns
+    assert (tmp_path / "pixelate.npy").exists()
+    others = {
+        "other pictures": (load_images(str(image_folder)).select(np.arange(12)), config),
+        "fewer": (images.select(np.arange(5)), config),
+        "another size": (images, ImageDataConfig(image_size=40, crop="none")),
+        "grey": (images, ImageDataConfig(image_size=32, crop="none", mean=[0.5], std=[0.5])),
+    }
+    for other, preparation in others.values():
+        with pytest.raises(ValueError, match="holds other files than corruptions of these .*name another folder"):
+            write_corrupted(other, preparation, tmp_path, ["fog"])
+    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["contrast.npy", "labels.npy", "pixelate.npy"]
+
+
+def test_files_of_others_are_left_alone(image_folder: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "labels.npy", np.zeros(5, np.uint8))
+    with pytest.raises(ValueError, match="name another folder"):
+        write_corrupted(load_images(str(image_folder), "val"), ImageDataConfig(crop="none"), tmp_path, ["fog"])
+    assert np.load(tmp_path / "labels.npy").shape == (5,)
+
+
+def test_an_interruption_leaves_no_file_that_looks_whole(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ImageDataConfig(image_size=32, crop="none")
+    images = load_images(str(image_folder), "val")
+    corrupt, calls = Corruption.__call__, []
+
+    def stop(self: Corruption, image: Image.Image, number: int) -> Image.Image:
+        calls.append(number)
+        if len(calls) > 20:
+            raise KeyboardInterrupt
+        return corrupt(self, image, number)
+
+    monkeypatch.setattr(Corruption, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_corrupted(images, config, tmp_path, ["contrast"])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="corruption 'contrast' of severity 1 does not exist"):
+        load_corrupted(tmp_path, "contrast", 1, CLASSES)
+    write_corrupted(images, config, tmp_path, ["contrast"])
+    clean = images.read(11).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    read = load_corrupted(tmp_path, "contrast", 5, CLASSES).read(11)
+    assert read.tobytes() == Corruption("contrast", 5)(clean, 11).tobytes()
+
+
+def test_damaged_images_are_skipped_only_if_asked_for(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "val", tmp_path / "images")
+    (tmp_path / "images" / "n01" / "02.png").write_bytes(b"no image")
+    images, config = load_images(str(tmp_path / "images")), ImageDataConfig(image_size=32, crop="none")
+    with pytest.raises(DamagedImageError, match=r"n01/02\.png"):
+        write_corrupted(images, config, tmp_path / "none", ["gaussian_noise"])
+    skipping = replace(config, skip_damaged_images=True)
+    write_corrupted(images, skipping, tmp_path / "made", ["gaussian_noise"])
+    read = load_corrupted(tmp_path / "made", "gaussian_noise", 2, CLASSES)
+    assert read.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 4
+    on_the_way = EvaluationBatches(images, skipping, batch_size=1, corruption=Corruption("gaussian_noise", 2))
+    assert read.read(2).tobytes() == on_the_way.prepared(3).tobytes()
 
 
 def test_imagenet_c_folders(image_folder: Path, tmp_path: Path) -> None:
@@ -93,8 +162,25 @@ def test_imagenet_c_folders(image_folder: Path, tmp_path: Path) -> None:
         load_corrupted(tmp_path, "fog", 3, CLASSES)
 
 
-def test_labels_that_do_not_fit_the_images(tmp_path: Path) -> None:
-    np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
-    np.save(tmp_path / "labels.npy", np.zeros(1, np.uint8))
-    with pytest.raises(ValueError, match=r"fog\.npy holds 2 images for 1 labels"):
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (np.zeros((10, 32, 32, 3), np.uint8), np.zeros(1, np.uint8), r"fog\.npy holds 10 images.*labels \[1\]"),
+        (np.zeros((12, 32, 32, 3), np.uint8), np.zeros(12, np.uint8), r"holds 12 images, .*five severities"),
+        (np.zeros((10, 32, 32, 3), np.float32), np.zeros(10, np.uint8), r"holds float32 \[10, 32, 32, 3\], not uint8"),
+        (np.zeros((10, 3072), np.uint8), np.zeros(10, np.uint8), r"holds uint8 \[10, 3072\], not uint8"),
+        (np.zeros((10, 32, 32, 3), np.uint8), None, r"labels\.npy cannot be read"),
+        (None, np.zeros(10, np.uint8), r"fog\.npy cannot be read"),
+    ],
+)
+def test_files_that_are_damaged_or_do_not_fit(
+    tmp_path: Path, pixels: np.ndarray | None, labels: np.ndarray | None, message: str
+) -> None:
+    if pixels is None:
+        (tmp_path / "fog.npy").write_bytes(b"\x93NUMPY")
+    else:
+        np.save(tmp_path / "fog.npy", pixels)
+    if labels is not None:
+        np.save(tmp_path / "labels.npy", labels)
+    with pytest.raises(ValueError, match=message):
         load_corrupted(tmp_path, "fog", 1, CLASSES)
