@@ -30,6 +30,7 @@ FREE_ON_RESUME = frozenset(
         "keep_every",
         "on_non_finite",
         "data.on_bad_record",
+        "data.skip_damaged_images",
         "data.num_workers",
         "license",
         "push_to_hub",

@@ -48,7 +48,7 @@ class ClassifierArguments:
         num_head_blocks: Blocks (of a ViT: layers) of each ensemble head, B; null for all of them: a full ensemble.
         vote: How the heads' outputs become one prediction: mean of probabilities or mean of logits.
         shape: Further fields of the network's configuration class, such as `depth` and `widen_factor` of a Wide
-            ResNet. Channels, image size and classes come from the data.
+            ResNet. Heads and vote are given above; channels, image size and classes come from the data.
     """
 
     model_type: Literal["neurotrails_wide_resnet", "neurotrails_resnet", "neurotrails_vit"]
@@ -64,7 +64,7 @@ class ClassifierArguments:
         """A new network for images as `data` prepares them, drawn from torch's global generator.
 
         Raises:
-            ValueError: a field of `shape` does not exist, or a value is out of its range.
+            ValueError: a field of `shape` does not exist or is given elsewhere, or a value is out of its range.
         """
         config_class: Any = type(AutoConfig.for_model(self.model_type))
         known = {entry.name for entry in dataclasses.fields(config_class)}
@@ -78,8 +78,10 @@ class ClassifierArguments:
             "id2label": dict(enumerate(class_names)),
             "label2id": {name: number for number, name in enumerate(class_names)},
             **({"image_size": data.image_size} if "image_size" in known else {}),
-            **self.shape,
         }
+        elsewhere = sorted({*fields, split} & set(self.shape))
+        check(not elsewhere, "model.shape", elsewhere, "they follow from the other fields of model and data")
+        fields |= self.shape
         try:
             blocks = self.num_head_blocks
             if blocks is None:
@@ -88,6 +90,9 @@ class ClassifierArguments:
             config = config_class(**fields, **{split: blocks})
         except StrictDataclassError as error:
             raise ValueError(f"model: {error}") from error
+        if patch := getattr(config, "patch_size", None):
+            remedy = f"give a multiple of patch_size={patch}: the network would not see the rest of an image"
+            check(data.image_size % patch == 0, "data.image_size", data.image_size, remedy)
         return AutoModelForImageClassification.from_config(config)
 
 
@@ -98,6 +103,9 @@ class VisionTrainingConfig(TrainingConfig):
     Args:
         model: Shape of the network.
         data: Where the images come from and how they are prepared.
+        head_loss: How the losses of the heads become the one that is minimized. `mean`: as published. `sum`: with SGD
+            each head then takes the steps of a network trained alone at the same learning rate and weight decay, as
+            the members of a full ensemble should; of the mean they would take steps M times smaller.
         channels_last: Lay images and feature maps out with the channels innermost, which tensor cores and CPUs prefer.
     """
 
@@ -106,7 +114,14 @@ class VisionTrainingConfig(TrainingConfig):
 
     model: ClassifierArguments
     data: ImageDataConfig
+    head_loss: Literal["mean", "sum"] = "mean"
     channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unused = self.eval_steps is not None and self.data.validation_size == 0
+        remedy = "there is nothing to evaluate on; hold images out by data.validation_size, or leave it out"
+        check(not unused, "eval_steps", self.eval_steps, remedy)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -166,15 +181,18 @@ class VisionTask:
         nn.Module.to(self.model, memory_format=config.memory_format)
 
     def batches(self, position: Position | None) -> Iterator[Batch]:
-        return iter(training_loader(self.training, position, self.config.data.num_workers))
+        return training_loader(self.training, position, self.config.data.num_workers)
 
     def count_items(self, batch: Batch) -> int:
         return len(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pixel_values = batch["pixel_values"].contiguous(memory_format=self.config.memory_format)
-        output = model(pixel_values=pixel_values, labels=batch["labels"], num_items_in_batch=num_items)
-        return output.loss, output.head_losses
+        # The model counts entries of labels, which are several for each image where they are probabilities.
+        entries = num_items * batch["labels"][0].numel()
+        output = model(pixel_values=pixel_values, labels=batch["labels"], num_items_in_batch=entries)
+        loss = output.loss if self.config.head_loss == "mean" else output.head_losses.sum()
+        return loss, output.head_losses
 
     def evaluate(self) -> dict[str, Any]:
         return self._score(self.validation, "eval") if len(self.validation) else {}
@@ -183,7 +201,17 @@ class VisionTask:
         """Figures on the test images, the same on every process."""
         return self._score(self.test_images, "test")
 
-    def _score(self, images: LabelledImages, prefix: str) -> dict[str, Any]:
+    def read_test_images(self) -> None:
+        """Reads all of them once, so that a damaged one shows before training.
+
+        Raises:
+            DamagedImageError: one cannot be decoded, and damaged images are not to be skipped.
+        """
+        for _ in self._evaluation_batches(self.test_images):
+            pass
+
+    def _evaluation_batches(self, images: LabelledImages) -> Iterator[Batch]:
+        """This process's share of the images, prepared."""
         batches = EvaluationBatches(
             images,
             self.config.data,
@@ -191,9 +219,12 @@ class VisionTask:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
+        return evaluation_loader(batches, self.config.data.num_workers)
+
+    def _score(self, images: LabelledImages, prefix: str) -> dict[str, Any]:
         network = self.accelerator.unwrap_model(self.model).eval()
         with self.accelerator.autocast():
-            local = score_classifier(network, evaluation_loader(batches, self.config.data.num_workers))
+            local = score_classifier(network, self._evaluation_batches(images))
         scores = EnsembleScores(self.accelerator.reduce(local.sums, "sum"))
         figures = scores.classifier_figures(network.config.vote)
         return {f"{prefix}_{name}": value for name, value in figures.items()}
@@ -219,6 +250,8 @@ def train_image_classifier(config: VisionTrainingConfig, *, test: bool = True) -
     check(test or config.data.validation_size > 0, "data.validation_size", config.data.validation_size, remedy)
     with accelerated(config) as accelerator:
         task = VisionTask(config, accelerator)
+        if test:
+            task.read_test_images()
         repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
         network, topology, summary = run_training(config, task, accelerator)
         cost = _cost(config, network, topology)

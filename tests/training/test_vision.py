@@ -193,7 +193,7 @@ def test_batch_norms_see_the_same_batches_after_a_resume(run_config: RunConfig) 
 
 
 def test_all_images_train_when_none_are_held_out(run_config: RunConfig) -> None:
-    config = run_config(data={"validation_size": 0}, max_steps=2, checkpoint_steps=None)
+    config = run_config(data={"validation_size": 0}, max_steps=2, eval_steps=None, checkpoint_steps=None)
     summary = train_image_classifier(config)
     assert "eval_nll" not in summary
     assert summary["test_images"] == 12
@@ -206,7 +206,7 @@ def test_test_images_may_be_left_alone(run_config: RunConfig, tmp_path: Path) ->
     card = (Path(config.output_dir) / "README.md").read_text()
     assert "On 6 held-out images of" in card
     assert f"| {summary['eval_accuracy_probs_vote']:.2%} | {summary['eval_nll_probs_vote']:.4f} |" in card
-    none_held_out = run_config(data={"validation_size": 0}, output_dir=str(tmp_path / "other"))
+    none_held_out = run_config(data={"validation_size": 0}, eval_steps=None, output_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="data.validation_size=0: hold images out"):
         train_image_classifier(none_held_out, test=False)
 
@@ -261,6 +261,23 @@ def test_a_full_ensemble_equals_networks_trained_alone() -> None:
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_the_sum_of_the_heads_losses_trains_a_full_ensemble_at_its_members_rate(
+    run_config: RunConfig, tmp_path: Path
+) -> None:
+    full = {"model": {"num_head_blocks": None}, "sparsity": {"method": "dense"}, "data": {"label_smoothing": 0.1}}
+    rates = {
+        "sum": {"head_loss": "sum", "learning_rate": 0.05, "weight_decay": 5e-4},
+        "mean": {"learning_rate": 0.1, "weight_decay": 2.5e-4},
+    }
+    weights = []
+    for name, fields in rates.items():
+        config = run_config(**full, **fields, output_dir=str(tmp_path / name), max_steps=4, checkpoint_steps=None)
+        train_image_classifier(config, test=False)
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_fsdp_does_not_shard_channels_last(run_config: RunConfig) -> None:
     with pytest.raises(ValueError, match="channels_last=True: FSDP2 shards contiguous weights only.*DDP"):
         VisionTask(run_config(channels_last=True), SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
@@ -297,6 +314,28 @@ class TestBadInput:
     def test_unknown_field_of_the_network(self, run_config: RunConfig) -> None:
         self.fails(run_config(model={"shape": {"widen_facto": 2}}), r"model.shape=\['widen_facto'\]: no fields of")
 
+    @pytest.mark.parametrize("field", ["num_ensemble_heads", "num_head_blocks", "vote", "num_channels"])
+    def test_fields_of_the_network_that_are_given_elsewhere(self, run_config: RunConfig, field: str) -> None:
+        shape = {**NETWORKS["wide_resnet"], field: 1}
+        self.fails(run_config(model={"shape": shape}), rf"model.shape=\['{field}'\]: they follow from the other")
+
+    def test_images_that_patches_do_not_cover(self, run_config: RunConfig) -> None:
+        vit = {"model_type": "neurotrails_vit", "shape": NETWORKS["vit"]}
+        self.fails(run_config(vit, {"image_size": 20}), "data.image_size=20: give a multiple of patch_size=8")
+        self.fails(run_config(vit, {"image_size": 4}), "image_size=4: smaller than patch_size=8")
+
+    def test_evaluations_without_images(self, run_config: RunConfig) -> None:
+        with pytest.raises(ValueError, match="eval_steps=4: there is nothing to evaluate on; .*data.validation_size"):
+            run_config(data={"validation_size": 0})
+
+    def test_a_damaged_test_image(self, run_config: RunConfig, image_folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(image_folder, tmp_path / "images")
+        (tmp_path / "images" / "val" / "n03" / "00.png").write_bytes(b"no image")
+        data = {"train": str(tmp_path / "images")}
+        self.fails(run_config(data=data), r"n03/00\.png cannot be decoded")
+        skipping = run_config(data=data | {"skip_damaged_images": True}, max_steps=1, checkpoint_steps=None)
+        assert train_image_classifier(skipping)["test_images"] == 11
+
     def test_shape(self, run_config: RunConfig) -> None:
         self.fails(run_config(model={"num_head_blocks": 4}), "num_head_blocks=4")
         self.fails(run_config(model={"shape": {"depth": 11}}), "depth=11")
@@ -325,8 +364,9 @@ def test_a_damaged_image_ends_training_with_its_name(
     (folder / "train" / "n02" / "03.png").write_bytes(b"no image")
     data = {"train": str(folder), "validation_size": 0}
     with pytest.raises(ValueError, match=r"n02/03\.png cannot be decoded"):
-        train_image_classifier(run_config(data=data))
-    skipping = run_config(data=data | {"skip_damaged_images": True}, overwrite_output_dir=True, max_steps=6)
+        train_image_classifier(run_config(data=data, eval_steps=None))
+    skip: dict[str, Any] = {"data": data | {"skip_damaged_images": True}, "eval_steps": None}
+    skipping = run_config(**skip, overwrite_output_dir=True, max_steps=6)
     assert train_image_classifier(skipping)["images"] == 2 * 36 - 2
 
 
@@ -344,6 +384,7 @@ def test_every_configuration_with_every_variant(size: str, variant: str | None) 
     assert config.model.num_ensemble_heads == (1 if variant == "single" else 3)
     assert (config.sparsity.method == "dense") == (variant in ("single", "treenet", "full_ensemble"))
     assert (config.model.num_head_blocks is None) == (variant == "full_ensemble")
+    assert (config.head_loss == "sum") == (variant == "full_ensemble"), "its members are networks of their own"
     base = load(size)
     assert config.sparsity.update_interval == base.sparsity.update_interval
     assert config.max_steps == base.max_steps, "equal epochs"
@@ -366,10 +407,11 @@ def test_published_parameter_counts(
         config = load(size, variant)
         with torch.device("meta"):
             model = config.model.build(config.data, list(map(str, range(classes))))
-        weights = sum(p.numel() for p in model.parameters() if p.ndim in (2, 4))
-        return (model.num_parameters() - (1 - config.sparsity.density) * weights) / 1e6
+        nonzeros = planned_nonzeros(model, config.sparsity)
+        removed = sum(p.numel() - nonzeros[name] for name, p in model.named_parameters() if name in nonzeros)
+        return (model.num_parameters() - removed) / 1e6
 
-    close = {"rel": 0.003}
+    close = {"rel": 0.002}
     assert count("single") == pytest.approx(single, **close)
     assert count("treenet") == pytest.approx(treenet, **close)
     assert count("full_ensemble") == pytest.approx(full_ensemble, **close)

@@ -51,13 +51,19 @@ class NeuroTrailsViTConfig(ViTConfig):
         return self.num_hidden_layers - self.num_head_layers
 
     def validate_ensemble(self) -> None:
-        """The heads, their depth and their vote make sense; raises `ValueError` if not."""
+        """The heads, their depth, their vote and the patches make sense; raises `ValueError` if not."""
         if self.num_ensemble_heads < 1:
             raise ValueError(f"num_ensemble_heads={self.num_ensemble_heads}: use 1 head (the single network) or more.")
         if not 0 <= self.num_head_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"num_head_layers={self.num_head_layers}: a head takes 0 to num_hidden_layers="
                 f"{self.num_hidden_layers} of the encoder layers; lower it or raise num_hidden_layers."
+            )
+        sides = [[size] * 2 if isinstance(size, int) else size for size in (self.image_size, self.patch_size)]
+        if any(image < patch for image, patch in zip(*sides, strict=True)):
+            raise ValueError(
+                f"image_size={self.image_size}: smaller than patch_size={self.patch_size}, so that nothing is seen "
+                "of an image; lower patch_size or use larger images."
             )
         if self.vote not in ("probs", "logits"):
             raise ValueError(
