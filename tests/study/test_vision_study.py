@@ -85,6 +85,7 @@ def test_data_that_do_not_serve_are_named_before_any_run(vision_study_config: Ma
 
     config = vision_study_config(learning_rates=[0.1, 0.2], tuning_steps=2)
     config.training["data"]["validation_size"] = 0
+    config.training["eval_steps"] = None
     with pytest.raises(ValueError, match="training.data.validation_size=0: hold images out"):
         run_study(config)
     assert not list((tmp_path / "study").glob("runs/*"))
