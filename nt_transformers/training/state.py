@@ -62,12 +62,20 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {
-            name: distribute(value, parameters[index]) if value.shape == parameters[index].shape else value
+            name: _moment(value, parameters[index]) if value.shape == parameters[index].shape else value
             for name, value in values.items()
         }
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": moments})
+
+
+def _moment(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The part of `value` that belongs to the parameter, laid out as it: another order of memory rounds otherwise."""
+    moment = distribute(value, parameter)
+    if moment.stride() == parameter.stride():
+        return moment
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(moment)
 
 
 def _for_main_process(tensor: torch.Tensor, accelerator: Accelerator) -> Any:

@@ -165,21 +165,28 @@ def test_metrics_name_images_and_evaluate_on_held_out_ones(run_config: RunConfig
 
 
 @pytest.mark.parametrize(
-    ("model", "data", "sparsity"),
+    ("model", "data", "sparsity", "fields"),
     [
-        ("wide_resnet", {"mixup": 0.2, "num_workers": 2}, {"method": "neurotrails_vision"}),
-        ("vit", {"crop": "pad", "rand_augment": 5}, {"method": "set"}),
+        ("wide_resnet", {"mixup": 0.2, "num_workers": 2}, {"method": "neurotrails_vision"}, {}),
+        ("resnet", {}, {}, {"mixed_precision": "bf16", "channels_last": True}),
+        ("vit", {"crop": "pad", "rand_augment": 5}, {"method": "set"}, {"mixed_precision": "bf16"}),
     ],
 )
 def test_resumed_equals_uninterrupted(
-    run_config: RunConfig, tmp_path: Path, model: str, data: dict[str, Any], sparsity: dict[str, Any]
+    run_config: RunConfig,
+    tmp_path: Path,
+    model: str,
+    data: dict[str, Any],
+    sparsity: dict[str, Any],
+    fields: dict[str, Any],
 ) -> None:
     network = {"model_type": f"neurotrails_{model}", "shape": NETWORKS[model]}
-    whole = run_config(network, data, sparsity)
+    whole = run_config(network, data, sparsity, **fields)
     train_image_classifier(whole)
-    resumed = run_config(
-        network, data, sparsity, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint="latest"
-    )
+    trained = load_file(Path(whole.output_dir) / "model.safetensors")
+    assert {tensor.dtype for tensor in trained.values() if tensor.is_floating_point()} == {torch.float32}
+    destination = str(tmp_path / "resumed")
+    resumed = run_config(network, data, sparsity, **fields, output_dir=destination, resume_from_checkpoint="latest")
     copy_stopped(whole.output_dir, resumed.output_dir, 4)
     train_image_classifier(resumed)
     assert_resumed_exactly(resumed.output_dir, whole.output_dir)
