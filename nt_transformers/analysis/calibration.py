@@ -2,8 +2,8 @@
 """How good and how honest the probabilities of one predictor are, as sums that add up over batches and processes.
 
 Predictions of classes and of next tokens are treated alike: an item is an image or a token.
-torchmetrics keeps every confidence for its calibration error and takes one predictor at a time; here M heads and two votes
-are measured on millions of tokens in one pass. The tests compare the figures with its.
+torchmetrics keeps every confidence for its calibration error and takes one predictor at a time; here M heads and two
+votes are measured on millions of tokens in one pass. The tests compare the figures with its.
 """
 
 import torch

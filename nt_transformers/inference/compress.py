@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -16,12 +16,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .decoding import Decoder
 from .linear import SparseLinear
-from .matrix import SparseMatrix, Values, check_values
+from .matrix import DTYPES, SparseMatrix, Values, check_values
 
 
 logger = logging.getLogger(__name__)
 
 METHOD = "nt_sparse"
+# Of a compressed layer, in a checkpoint.
+PARTS = ("bitmap", "values", "scales")
 
 
 @register_quantization_config(METHOD)
@@ -63,12 +65,17 @@ class SparseWeightsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         stored = _stored_tensors(kwargs["checkpoint_files"])
+        dtype = DTYPES[self.quantization_config.values]
+        outputs = {id(layer) for layer in _output_layers(model)}
         for name, linear in _linear_layers(model):
-            parts = {part: stored.get(f"{name}.{part}") for part in ("bitmap", "values", "scales")}
+            parts = _parts(stored, name, model.base_model_prefix)
             if (values := parts["values"]) is not None:
                 matrix = SparseMatrix(linear.in_features, parts["bitmap"], values, parts["scales"])
-                _check_shape(name, linear, matrix)
+                _check_parts(name, linear, matrix, dtype)
                 model.set_submodule(name, SparseLinear(matrix, linear.bias))
+            # Output layers may be tied, or new on a base model.
+            elif parts["weight"] is None and (id(linear) not in outputs or any(p is not None for p in parts.values())):
+                raise ValueError(f"{name}: it has no weight; the checkpoint is damaged, or of another model.")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in _sparse_layers(model):
@@ -80,9 +87,11 @@ class SparseWeightsQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        Decoder.remove(model)
+        # `dtype` is the configuration's, which need not be that of the model as it is.
+        own = model.dtype
         for name, layer in _sparse_layers(model):
-            model.set_submodule(name, layer.to_linear().to(dtype))
+            model.set_submodule(name, layer.to_linear().to(own))
+        Decoder.remove(model)
         return model
 
 
@@ -99,8 +108,8 @@ def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: 
             never are.
 
     Raises:
-        ValueError: unknown `values`, a model that is not on the CPU or quantized already, or a weight that is not
-            finite in the type.
+        ValueError: unknown `values`, a model that is not on the CPU, has no linear layers or is quantized already, or
+            a weight that is not finite in the type.
     """
     check_values(values)
     if model.device.type != "cpu":
@@ -108,11 +117,14 @@ def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: 
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized or compressed already: load the original checkpoint.")
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    left_out = set() if output_layers else {id(layer) for layer in _output_layers(model)}
     layers = [
         (name, linear)
         for name, linear in _linear_layers(model)
-        if id(linear.weight) not in shared and (output_layers or not name.startswith("lm_head"))
+        if id(linear.weight) not in shared and id(linear) not in left_out
     ]
+    if not layers:
+        raise ValueError(f"model_type={model.config.model_type!r}: it has no linear layers that could be compressed.")
     compressed = [(name, SparseLinear.from_linear(linear, values)) for name, linear in layers]
     for name, layer in compressed:
         model.set_submodule(name, layer.train(model.training))
@@ -146,17 +158,39 @@ def _sparse_layers(model: nn.Module) -> list[tuple[str, SparseLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear)]
 
 
+def _output_layers(model: Any) -> list[nn.Module]:
+    """The layers behind the network proper: of every head, or the one of a stock model."""
+    if hasattr(model, "get_output_layers"):
+        return list(model.get_output_layers())
+    return [layer for layer in (model.get_output_embeddings(),) if layer is not None]
+
+
 def _stored_tensors(files: list[str]) -> dict[str, torch.Tensor]:
     """Shape and dtype, on the meta device, of every tensor in the files."""
     stored = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                stored[name] = tensors.get_tensor(name).to("meta")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    stored[name] = tensors.get_tensor(name).to("meta")
+        except SafetensorError as error:
+            raise ValueError(f"{file} of the compressed checkpoint is damaged: {error}") from error
     return stored
 
 
-def _check_shape(name: str, linear: nn.Linear, matrix: SparseMatrix) -> None:
+def _parts(stored: dict[str, torch.Tensor], name: str, prefix: str) -> dict[str, torch.Tensor | None]:
+    """What the checkpoint has of a linear layer: a model may be the base of the one that was saved, or built on it."""
+    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    found = {part: [stored.get(f"{each}.{part}") for each in names] for part in (*PARTS, "weight")}
+    return {part: next((tensor for tensor in tensors if tensor is not None), None) for part, tensors in found.items()}
+
+
+def _check_parts(name: str, linear: nn.Linear, matrix: SparseMatrix, dtype: torch.dtype) -> None:
+    if matrix.values.ndim != 1 or matrix.values.dtype != dtype:
+        raise ValueError(
+            f"{name}: values are {matrix.values.dtype} {list(matrix.values.shape)}, not a list of {dtype} as "
+            "config.json says: the checkpoint is damaged."
+        )
     rows = None if matrix.bitmap is None else len(matrix.bitmap)
     whole = linear.out_features * linear.in_features
     right_size = matrix.nonzeros == whole if rows is None else rows == linear.out_features

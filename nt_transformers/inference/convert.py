@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nt_transformers  # noqa: F401  (registers the models)
@@ -25,12 +26,12 @@ def convert(
     Raises:
         ValueError: `target` exists, `source` cannot be loaded, or it is compressed (dense) already.
     """
-    if Path(target).exists() and any(Path(target).iterdir()):
-        raise ValueError(f"target={target!r}: it is not empty; name another folder.")
+    if Path(target).exists() and not (Path(target).is_dir() and not any(Path(target).iterdir())):
+        raise ValueError(f"target={target!r}: it exists and is no empty folder; name another one.")
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"source={source!r} cannot be loaded: {error}") from error
     if not dense:
         compress(model, values, output_layers=output_layers)

@@ -182,6 +182,7 @@ class Decoder:
         if cls.supports(model):
             decoder = cls(cast(NeuroTrailsLlamaForCausalLM, model))
             decoder.model.forward = decoder.forward
+            decoder.model.register_load_state_dict_post_hook(_forget_plans)
 
     @classmethod
     def remove(cls, model: nn.Module) -> None:
@@ -323,7 +324,7 @@ class Decoder:
         batch, length = stems.shape[-3:-1]
         cosine, sine = (part.expand(batch, length, -1).float().contiguous() for part in rotary)
         plan = self._plan(backbone, heads)
-        out = torch.empty(plan.heads, batch, length, plan.hidden)
+        out = torch.empty(plan.heads, batch, length, plan.hidden, dtype=torch.float32)
         layers = cached.layers
         for layer in layers:
             layer.reserve(cached.filled + length)
@@ -401,6 +402,13 @@ class Decoder:
         """Where a float32 copy of the weight is."""
         self._memory.append(weight.detach().float().contiguous())
         return int(self._memory[-1].data_ptr())
+
+
+def _forget_plans(model: Any, _: Any) -> None:
+    """Plans hold copies of the norms and where the rows of the weights begin."""
+    owner = getattr(model.forward, "__self__", None)
+    if isinstance(owner, Decoder):
+        owner.__dict__ |= owner.__getstate__()
 
 
 def _decoder_layers(model: Any, heads: Any) -> list[nn.Module]:

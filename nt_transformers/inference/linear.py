@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -68,9 +68,21 @@ class SparseLinear(nn.Module):
                     f"{probe.dtype} on {probe.device}: compressed layers keep {part.dtype} on the CPU; convert the "
                     "model before compressing it, or `dequantize()` it first."
                 )
+        before = self._addresses()
         super()._apply(fn, recurse)
-        self._kernel, self._prepared = None, False
+        if self._addresses() != before:
+            self._forget_kernel()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_kernel()
+
+    def _addresses(self) -> list[int]:
+        return [part.data_ptr() for part in (self.bitmap, self.values, self.scales) if part is not None]
+
+    def _forget_kernel(self) -> None:
+        self._kernel, self._prepared = None, False
 
     def prepare(self) -> None:
         """Checks the weight and hands it to the kernels, once; done by itself before the first product.
@@ -90,14 +102,16 @@ class SparseLinear(nn.Module):
         """[..., in_features] to [..., out_features]."""
         flat = x.reshape(-1, self.in_features)
         flat = flat if flat.dtype in native.ACTIVATIONS else flat.float()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _has_data(flat):
             index = None if self._kernel is None else self._kernel.index
             y = sparse_product(flat, self.out_features, self.values, self.bitmap, self.scales, index)
         else:
             self.prepare()
-            y = self.matrix.multiply(flat) if self._kernel is None else multiply(self._kernel, flat)
+            # The kernels know no gradients.
+            usual = self._kernel is None or (flat.requires_grad and torch.is_grad_enabled())
+            y = self.matrix.multiply(flat) if usual else multiply(self.kernel, flat)
         if self.bias is not None:
-            y += self.bias
+            y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def to_linear(self) -> nn.Linear:
@@ -111,3 +125,8 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.matrix.nonzeros}"
+
+
+def _has_data(x: torch.Tensor) -> bool:
+    """False for tensors of the meta device and for fake ones, which stand for others."""
+    return type(x) in (torch.Tensor, nn.Parameter) and x.device.type == "cpu"

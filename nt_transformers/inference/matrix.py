@@ -87,7 +87,7 @@ class SparseMatrix:
         """int64 [rows], how many weights of each row exist."""
         if self.bitmap is None:
             return torch.full((self.shape[0],), self.columns)
-        return torch.from_numpy(np.bitwise_count(self.bitmap.numpy()).sum(1, dtype=np.int64))
+        return torch.from_numpy(np.bitwise_count(self.bitmap.numpy().view("<u4")).sum(1, dtype=np.int64))
 
     def to_dense(self) -> torch.Tensor:
         """The whole matrix in the type of the values; float32 where those are scaled."""
@@ -123,11 +123,13 @@ class SparseMatrix:
             raise ValueError("scales: int8 values have one a row, others have none")
         if self.scales is not None and (self.scales.shape != self.shape[:1] or self.scales.dtype != torch.float32):
             raise ValueError(f"scales: {self.scales.dtype} {list(self.scales.shape)}, not float32 [{self.shape[0]}]")
+        if self.scales is not None and not self.scales.isfinite().all():
+            raise ValueError("scales: some are not finite")
 
 
 def check_values(values: str) -> None:
     """Raises `ValueError` unless `values` is one of `Values`."""
-    if values not in DTYPES:
+    if not isinstance(values, str) or values not in DTYPES:
         raise ValueError(f"values={values!r}: choose from {', '.join(get_args(Values))}.")
 
 

@@ -139,8 +139,11 @@ def available() -> bool:
 def instruction_set() -> str:
     """The best instruction set of this processor; `NT_TRANSFORMERS_INSTRUCTION_SET` chooses another."""
     if chosen := os.environ.get("NT_TRANSFORMERS_INSTRUCTION_SET"):
-        if chosen not in INSTRUCTION_SETS:
-            raise ValueError(f"NT_TRANSFORMERS_INSTRUCTION_SET={chosen!r}: choose from {', '.join(INSTRUCTION_SETS)}.")
+        if chosen not in supported_instruction_sets():
+            raise ValueError(
+                f"NT_TRANSFORMERS_INSTRUCTION_SET={chosen!r}: choose from {', '.join(supported_instruction_sets())}, "
+                "which this processor has."
+            )
         return chosen
     return supported_instruction_sets()[0]
 
@@ -155,12 +158,22 @@ def kernels() -> ctypes.CDLL:
     """The kernels for this processor, compiled now if they never were.
 
     Raises:
-        OSError: there is no compiler, or it fails.
+        OSError: there is no compiler, or it fails; it is tried once in a process.
     """
-    return _load(instruction_set())
+    loaded = _load_once(instruction_set())
+    if isinstance(loaded, OSError):
+        raise loaded
+    return loaded
 
 
 @functools.cache
+def _load_once(instruction_set: str) -> ctypes.CDLL | OSError:
+    try:
+        return _load(instruction_set)
+    except OSError as error:
+        return error
+
+
 def _load(instruction_set: str) -> ctypes.CDLL:
     name = library_name(instruction_set)
     path = next((folder / name for folder in (PREBUILT, _cache_folder()) if (folder / name).exists()), None)
@@ -203,7 +216,10 @@ def _places(matrix: SparseMatrix) -> torch.Tensor | None:
 
 
 def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError(f"{error}: name a folder for the compiled kernels in XDG_CACHE_HOME") from error
     return Path(cache) / "nt_transformers"
 
 

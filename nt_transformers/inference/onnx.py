@@ -90,27 +90,32 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, image_size: int | N
         raise ImportError("export_onnx needs the extra: pip install nt_transformers[onnx]") from error
     _check_model(model)
     is_text = isinstance(model, NeuroTrailsLlamaForCausalLM)
-    wrapper = _wrap(model).eval()
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: there is no such folder; make it before.")
+    training, wrapper = model.training, _wrap(model)
     size = None if is_text else _image_size(model, image_size)
     inputs = _example(model, size, BATCH, SEQUENCE)
     # The axes are named by the first input; those of the other are the same.
     names: dict[int, Any] = {0: "batch"} | ({1: "sequence"} if is_text else {})
     shapes = dict.fromkeys(inputs, dict.fromkeys(names, torch.export.Dim.DYNAMIC)) | {next(iter(inputs)): names}
-    program = torch.onnx.export(
-        wrapper,
-        kwargs=inputs,
-        dynamic_shapes=shapes,
-        input_names=list(inputs),
-        output_names=["logits"],
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    program.model.ir_version = IR_VERSION
-    program.save(str(path))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    _compare(session, wrapper, _example(model, size, BATCH + 1, SEQUENCE + 4))
+    try:
+        program = torch.onnx.export(
+            wrapper.eval(),
+            kwargs=inputs,
+            dynamic_shapes=shapes,
+            input_names=list(inputs),
+            output_names=["logits"],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        program.model.ir_version = IR_VERSION
+        program.save(str(path))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        _compare(session, wrapper, _example(model, size, BATCH + 1, SEQUENCE + 4))
+    finally:
+        model.train(training)
 
 
 def _wrap(model: PreTrainedModel) -> nn.Module:

@@ -36,7 +36,8 @@ def quicker_dense(matrix: native.KernelMatrix, tokens: int, dtype: torch.dtype) 
     tokens = min(1 << (tokens - 1).bit_length(), MANY_TOKENS)
     key = matrix.kind, tokens, dtype, torch.get_num_threads()
     if key not in _timed:
-        x = torch.randn(tokens, matrix.structure.columns).to(dtype)
+        # Of its own generator: what is sampled does not depend on what was measured before.
+        x = torch.randn(tokens, matrix.structure.columns, generator=torch.Generator(), dtype=torch.float32).to(dtype)
         sparse = _seconds(lambda: matrix.multiply(x))
         _timed[key] = _seconds(lambda: _multiply_dense(matrix, x)) < MARGIN * sparse
     return _timed[key]

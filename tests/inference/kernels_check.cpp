@@ -30,7 +30,7 @@ void convert(float from, Float16& to) {  // truncated, of normal magnitude
 
 template <typename V> struct Random {
   std::vector<uint32_t> bitmap;
-  std::vector<unsigned char> values;
+  std::vector<unsigned char> bits, values;
   std::vector<int64_t> starts, sums;
   std::vector<float> scales, dense;
   std::vector<uint16_t> places;
@@ -60,7 +60,10 @@ template <typename V> struct Random {
     values.resize(kept.size() * sizeof(V) + 64);
     if (!kept.empty()) std::memcpy(values.data(), kept.data(), kept.size() * sizeof(V));
     const bool scaled = type == kInt8;
-    matrix = {rows, columns, sparse ? bitmap.data() : nullptr, values.data(), starts.data(),
+    // At an odd address, as files may have it.
+    bits.resize(bitmap.size() * sizeof(uint32_t) + 1);
+    if (!bitmap.empty()) std::memcpy(bits.data() + 1, bitmap.data(), bits.size() - 1);
+    matrix = {rows, columns, sparse ? reinterpret_cast<const NtWord*>(bits.data() + 1) : nullptr, values.data(), starts.data(),
               scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr,
               sparse && draw(0, 1) ? places.data() : nullptr, type};
   }

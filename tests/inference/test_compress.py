@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from nt_transformers.inference import SparseLinear, compress, compressed_bytes
+from nt_transformers import NeuroTrailsViTConfig, NeuroTrailsViTForImageClassification
+from nt_transformers.inference import SparseLinear, compress, compressed_bytes, products
 from nt_transformers.inference.convert import convert
 from nt_transformers.inference.decoding import Decoder, GrowingLayer
 
@@ -188,6 +199,96 @@ def test_dense_again(make_model, tmp_path) -> None:
     assert torch.equal(generate(again).sequences, generate(model).sequences)
 
 
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_again_in_the_models_own_type(make_model, tmp_path, values, dtype) -> None:
+    compressed = compress(make_model(dtype=dtype), values)
+    compressed.save_pretrained(tmp_path)
+    dense = compressed.dequantize()
+    assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).dequantize()
+    assert torch.equal(generate(loaded).sequences, generate(dense).sequences)
+
+
+def test_the_base_model_of_a_compressed_checkpoint_and_back(make_model, tmp_path) -> None:
+    model = make_model()
+    compress(copy.deepcopy(model), "fp32").save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    expected = model.model(TOKENS).last_hidden_state
+    torch.testing.assert_close(base(TOKENS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    compress(copy.deepcopy(model.model), "fp32").save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.testing.assert_close(again.model(TOKENS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_weights_in_place(make_model) -> None:
+    def fixed_nonzeros() -> Any:
+        model = make_model(density=1.0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    order = torch.randperm(parameter.numel(), generator=generator).view_as(parameter)
+                    parameter.mul_(order < 0.3 * parameter.numel())
+                else:
+                    parameter.add_(torch.rand(parameter.shape, generator=generator))
+        return model
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = (compress(fixed_nonzeros(), "bf16") for _ in range(2))
+    generate(first)
+    first.load_state_dict(second.state_dict())
+    assert_same_generation(generate(first), generate(second))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_type_is_not_that_of_the_kernels(make_model, dtype) -> None:
+    compressed = compress(make_model(), "fp32")
+    expected = generate(compressed, batch=2)
+    torch.set_default_dtype(dtype)
+    try:
+        found = generate(compressed, batch=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_generation(found, expected)
+
+
+def test_tensors_without_data(make_model) -> None:
+    layer = compress(make_model(), "bf16").lm_heads[0]
+    out = layer(torch.empty(2, 64, device="meta"))
+    assert (out.shape, out.device.type) == ((2, 99), "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.empty(2, 64)).shape == (2, 99)
+
+
+def test_gradients_of_the_input(make_model) -> None:
+    model = make_model()
+    compressed = compress(copy.deepcopy(model), "fp32")
+    gradients = []
+    for network in (model, compressed):
+        embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+        network(inputs_embeds=embedded).logits.square().sum().backward()
+        gradients.append(embedded.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_sampled_does_not_depend_on_what_was_measured(make_model, monkeypatch) -> None:
+    monkeypatch.setattr(products, "_timed", {})
+    compressed = compress(make_model(), "fp32")
+    state = torch.get_rng_state()
+    compressed(TOKENS.repeat(8, 1))
+    assert products._timed
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_output_layers_of_classifiers_stay_dense_on_request() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    depth = {"num_hidden_layers": 2, "num_head_layers": 1, "num_attention_heads": 2}
+    model = NeuroTrailsViTForImageClassification(NeuroTrailsViTConfig(**sizes, **depth))
+    classifier = compress(model, output_layers=False)
+    assert not isinstance(classifier.classifiers[0], SparseLinear)
+    assert compressed_bytes(classifier) > 0
+
+
 def test_output_layers_stay_dense_on_request_and_when_tied(make_model) -> None:
     assert not isinstance(compress(make_model(), output_layers=False).lm_heads[0], SparseLinear)
     tied = make_model(tie_word_embeddings=True)
@@ -202,11 +303,18 @@ def test_a_dense_model_is_stored_dense_and_a_note_says_so(make_model, caplog) ->
     assert "hardly a weight of the model is zero" in caplog.text
 
 
+def _layers(model: Any) -> list[SparseLinear]:
+    return [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+
+
 def test_bytes(make_model) -> None:
     model = make_model()
     compressed = compress(model, "int8")
-    stored = sum(layer.matrix.nbytes for layer in compressed.modules() if isinstance(layer, SparseLinear))
-    assert compressed_bytes(compressed) == stored > 0
+    stored = sum(buffer.nbytes for layer in _layers(compressed) for buffer in layer.buffers())
+    assert compressed_bytes(compressed) == stored
+    shapes = [(layer.out_features, layer.in_features, layer.matrix.nonzeros) for layer in _layers(compressed)]
+    exact = sum(rows * (4 * -(-columns // 32) + 4) + nonzeros + 64 for rows, columns, nonzeros in shapes)
+    assert stored == exact, "a bit for each place, a byte for each weight, four for each row, and what is read ahead"
 
 
 def test_converting_checkpoints_there_and_back(make_model, tokenizer_dir, tmp_path) -> None:
@@ -268,10 +376,51 @@ class TestMistakes:
         with pytest.raises(ValueError, match=name):
             AutoModelForCausalLM.from_pretrained(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("part", "value"),
+        [
+            ("values", None),
+            ("values", torch.tensor(1, dtype=torch.int8)),
+            ("values", torch.zeros(700, dtype=torch.bfloat16)),
+            ("scales", torch.full((81,), torch.nan)),
+            (None, None),
+        ],
+    )
+    def test_parts_that_are_missing_or_of_another_kind(self, make_model, tmp_path: Path, part, value) -> None:
+        compress(make_model(), "int8").save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        name = "model.heads.1.layers.0.mlp.up_proj"
+        for removed in ("bitmap", "values", "scales") if part is None else (part,):
+            del tensors[f"{name}.{removed}"]
+        if value is not None:
+            tensors[f"{name}.{part}"] = value
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=name):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def test_a_truncated_file(self, make_model, tmp_path: Path) -> None:
+        compress(make_model(), "bf16").save_pretrained(tmp_path)
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"model\.safetensors of the compressed checkpoint is damaged"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"model\.safetensors of the compressed checkpoint is damaged"):
+            convert(str(tmp_path), str(tmp_path / "out"), dense=True)
+
+    def test_nothing_to_compress(self) -> None:
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+        with pytest.raises(ValueError, match="model_type='gpt2': it has no linear layers"):
+            compress(model)
+
+    def test_values_that_are_no_text(self, make_model) -> None:
+        with pytest.raises(ValueError, match=r"values=\['bf16'\]: choose from"):
+            compress(make_model(), ["bf16"])
+
     def test_converting_onto_something(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(ValueError, match=r"it is not empty"):
-            convert("anything", str(tmp_path))
+        for target in (tmp_path, tmp_path / "file"):
+            with pytest.raises(ValueError, match=r"it exists and is no empty folder"):
+                convert("anything", str(target))
 
     def test_converting_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"source='.*nothing' cannot be loaded"):

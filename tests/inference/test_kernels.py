@@ -1,7 +1,9 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Packed matrices keep what they were given; products equal those of the dense matrix, for any shape and type."""
 
+import functools
 import logging
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -174,12 +176,15 @@ def test_layer_takes_any_leading_shape_and_dtype(density: float, bias: bool) -> 
 
 
 def test_without_a_compiler_torch_multiplies_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     linear = nn.Linear(40, 24, bias=False)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\nexit 1\n")
+    compiler.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native, "_load_once", functools.cache(native._load_once.__wrapped__))
     native._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -188,6 +193,19 @@ def test_without_a_compiler_torch_multiplies_and_says_so_once(
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "sparse kernels are not available, torch multiplies dense matrices instead"
     ]
+    assert (tmp_path / "calls").read_text().count("called") == 1
+
+
+def test_a_home_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", no_home)
+    monkeypatch.setattr(native, "PREBUILT", Path("nowhere"))
+    monkeypatch.setattr(native, "_load_once", functools.cache(native._load_once.__wrapped__))
+    with pytest.raises(OSError, match="name a folder for the compiled kernels in XDG_CACHE_HOME"):
+        native.kernels()
 
 
 class TestMistakes:
@@ -206,7 +224,13 @@ class TestMistakes:
 
     def test_unknown_instruction_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", "mmx")
-        with pytest.raises(ValueError, match=r"NT_TRANSFORMERS_INSTRUCTION_SET='mmx': choose from avx512_bf16"):
+        with pytest.raises(ValueError, match=r"NT_TRANSFORMERS_INSTRUCTION_SET='mmx': choose from .*portable"):
+            native.instruction_set()
+
+    def test_an_instruction_set_of_other_processors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NT_TRANSFORMERS_INSTRUCTION_SET", "avx2")
+        monkeypatch.setattr(native, "_processor_features", set)
+        with pytest.raises(ValueError, match="='avx2': choose from portable, which this processor has"):
             native.instruction_set()
 
     @pytest.mark.parametrize("part", ["bitmap", "values", "scales"])

@@ -28,10 +28,13 @@
 
 extern "C" {
 
+// A word of a bitmap, which a file may have put at any byte.
+typedef uint32_t NtWord __attribute__((aligned(1), may_alias));
+
 // Rows of a sparse matrix. `values` must be readable for 64 bytes beyond its end.
 struct NtMatrix {
   int64_t rows, columns;
-  const uint32_t* bitmap;  // [rows, ceil(columns / 32)]; null: dense, all values are stored
+  const NtWord* bitmap;    // [rows, ceil(columns / 32)]; null: dense, all values are stored
   const void* values;      // of the existing weights, row by row
   const int64_t* starts;   // [rows + 1], where in `values` each row begins, and the last one ends
   const float* scales;     // [rows] for int8, else null

@@ -386,7 +386,7 @@ void dot_rows(const NtMatrix& a, int64_t row, const Tokens& x, float* y, int64_t
     for (int r = 0; r < Rows; ++r)
       if (column < a.columns) add(r, (Bits{1} << (a.columns - column)) - 1, column);
   } else {
-    const uint32_t* bitmap = a.bitmap + row * words;
+    const NtWord* bitmap = a.bitmap + row * words;
     Prefetch fetch_bitmap(bitmap, kPrefetchBitmap, Rows * sizeof(Bits));
     for (; column + width <= words * kBits; column += width) {
       fetch_values();
