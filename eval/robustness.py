@@ -14,10 +14,12 @@ import argparse
 import itertools
 import json
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import nt_transformers  # noqa: F401  (registers the models)
@@ -34,12 +36,14 @@ def main() -> None:
     try:
         check_arguments(args)
         subjects = {name: Subject.load(name, args) for name in args.model}
+        if args.write_corrupted:
+            check_same_input(subjects)
         results: dict[str, Any] = {}
         for name, subject in subjects.items():
             results[name] = subject.measure(args)
             if args.output:
                 write_text(args.output, json.dumps(results, indent=2))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         parser.error(str(error))
     show(results)
     if args.plot:
@@ -87,10 +91,27 @@ def check_arguments(args: argparse.Namespace) -> None:
     for path in filter(None, (args.output, args.plot)):
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"{str(path)!r}: name a file, in a folder that is there.")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {error}") from error
     if args.plot:
         if not args.corruptions:
             raise ValueError(f"--plot {args.plot}: draws accuracy over severity; name --corruptions, or leave it out.")
         check_plot(args.plot)
+
+
+def check_same_input(subjects: dict[str, "Subject"]) -> None:
+    """Raises a `ValueError` unless all models take the same images, so that they can share corrupted ones."""
+    inputs = {
+        (*attrgetter("image_size", "crop", "center_crop", "num_channels")(each.preparation), *each.clean.class_names)
+        for each in subjects.values()
+    }
+    if len(inputs) > 1:
+        raise ValueError(
+            "--write_corrupted: the models differ in size or channels of their images, or in the order of classes, "
+            "and cannot share corrupted ones; measure them one by one, each with a folder of its own."
+        )
 
 
 @dataclass
@@ -105,6 +126,11 @@ class Subject:
     @classmethod
     def load(cls, name: str, args: argparse.Namespace) -> Self:
         model = AutoModelForImageClassification.from_pretrained(name, dtype="auto").eval()
+        if not hasattr(model, "active_heads"):
+            raise ValueError(
+                f"--model {name}: {type(model).__name__} has no heads; NeuroTrails classifiers are measured, to which "
+                "from_dense takes stock ones."
+            )
         class_names = [model.config.id2label[label] for label in range(model.config.num_labels)]
         preparation = replace(
             preparation_of(AutoImageProcessor.from_pretrained(name)), skip_damaged_images=args.skip_damaged_images

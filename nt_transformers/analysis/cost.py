@@ -144,7 +144,13 @@ def count_cost(
             raise ValueError(
                 f"nonzeros[{name!r}]={count}: the model has no parameter of that name with so many weights."
             )
-    flops = _trace(model, inputs)
+    # Batch norm refuses a single value a channel in training.
+    training = {module: module.training for module in model.modules()}
+    try:
+        flops = _trace(model.eval(), inputs)
+    finally:
+        for module, was in training.items():
+            module.training = was
     names = [*parameters, *(name for name in flops if name not in parameters)]
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     return ModelCost(

@@ -52,6 +52,8 @@ class RobustnessTest:
             ValueError: a corruption or severity does not exist.
         """
         pairs = list(itertools.product(corruptions, severities))
+        if not pairs:
+            raise ValueError(f"corruptions={list(corruptions)}, severities={list(severities)}: name one of each.")
         # All of them are looked up before any is measured: a mistake shows before hours of work.
         if isinstance(images, Path):
             class_names = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
@@ -102,7 +104,7 @@ def check_plot(path: Path) -> None:
     except ImportError as error:
         raise ValueError(f"plots are drawn by matplotlib ({error}): pip install nt_transformers[plots]") from error
     kinds = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
+    if path.suffix.removeprefix(".").lower() not in kinds:
         raise ValueError(f"{str(path)!r}: name a file that ends in one of {', '.join(sorted(kinds))}.")
 
 

@@ -144,11 +144,13 @@ def load_corrupted(folder: Path, name: str, severity: int, class_names: Sequence
     path = folder / f"{name}.npy"
     if path.is_file() and severity in SEVERITIES:
         pixels, labels = _load_array(path), _load_array(folder / LABELS)
-        if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+        if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[-1] != 3):
             raise ValueError(
                 f"data: {path} holds {pixels.dtype} {list(pixels.shape)}, not uint8 [5 x images, height, width, 3]: "
                 "fetch or make it again."
             )
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"data: {folder / LABELS} holds {labels.dtype}, not class numbers: fetch it again.")
         if len(pixels) % len(SEVERITIES) or labels.shape != (len(pixels),):
             raise ValueError(
                 f"data: {path} holds {len(pixels)} images, which are to be five severities of the same ones, and "
@@ -199,6 +201,8 @@ def write_corrupted(
     made = {name: [Corruption(name, severity) for severity in SEVERITIES] for name in corruptions}
     clean = EvaluationBatches(images, config, batch_size=1)
     kept = [index for index in range(len(images)) if not config.skip_damaged_images or clean.prepared(index)]
+    if not kept:
+        raise ValueError(f"data: no image of {images} can be read, so there is nothing to corrupt: repair them.")
     _claim(folder, images.labels[kept], clean, kept)
     side = (config.image_size, config.image_size)
     shape = (len(SEVERITIES) * len(kept), *side, *((3,) if config.num_channels == 3 else ()))

@@ -90,6 +90,12 @@ def preparation_of(processor: Any) -> ImageDataConfig:
             square centre.
     """
     size, crop = processor.size, getattr(processor, "crop_size", None)
+    steps = {name: getattr(processor, name, None) for name in ("do_resize", "do_rescale", "do_normalize")}
+    if not all(steps.values()) or processor.image_mean is None or processor.image_std is None:
+        raise ValueError(
+            f"image processor: {steps}, image_mean={processor.image_mean}: expected all three steps, as the "
+            "checkpoints of the training recipe have them."
+        )
     common: dict[str, Any] = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
     bilinear = processor.resample == Image.Resampling.BILINEAR
     if bilinear and size.get("height") and size.get("height") == size.get("width"):
@@ -117,7 +123,7 @@ class ImagePreparation:
     def read(self, index: int) -> Image.Image | None:
         """The image in the network's mode; None if it is damaged and to be skipped."""
         try:
-            return self.images.read(index).convert(self.mode)
+            return self.images.read(index, self.mode)
         except DamagedImageError as error:
             if not self.skip_damaged:
                 raise

@@ -142,18 +142,10 @@ class ImageDataConfig:
             ValueError: they are training images; errors of `load_images` and `with_classes`.
         """
         source = self.test or self.train
-        others = source != self.train or (self.test_split != self.train_split and self._has_test_split())
+        same = _origin(self.train, self.train_split) & _origin(source, self.test_split)
+        others = not same or not _overlap(self.train_split, self.test_split)
         self._check(others, "test", "these are the training images; name others, or a test_split that data.train has")
         return self._load(source, self.test_split).with_classes(class_names)
-
-    def _has_test_split(self) -> bool:
-        """Whether `train` itself tells its training from its test images."""
-        if not is_local(self.train):
-            return True
-        path = Path(self.train).expanduser()
-        if not path.is_dir() or (path / SAVED_DATASET).is_file():
-            return "[" in self.train_split and "[" in self.test_split
-        return (path / self.test_split).is_dir() or _holds_tables(path) or _find_idx(path, self.test_split) is not None
 
     def _load(self, source: str, split: str) -> "LabelledImages":
         return load_images(
@@ -188,16 +180,17 @@ class LabelledImages(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> Image.Image:
-        """The decoded image, of 8 bits a channel.
+    def read(self, index: int, mode: str | None = None) -> Image.Image:
+        """The decoded image, of 8 bits a channel, in Pillow's `mode` if one is given.
 
         Raises:
-            DamagedImageError: it cannot be decoded, or its values have no known range.
+            DamagedImageError: it cannot be decoded or converted, or its values have no known range.
         """
         try:
             image = self._open(index)
             image.load()
             image = _eight_bits(image)
+            image = image if mode is None else image.convert(mode)
         # What Pillow raises depends on the format and the damage.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise DamagedImageError(
@@ -282,12 +275,17 @@ class TableImages(LabelledImages):
                 )
         self.source = source
         self.column = image_column
-        labels = np.asarray(table.with_format("numpy")[label_column][:])
-        if len(labels) and labels.dtype.kind not in "iu":
-            raise ValueError(f"data: column {label_column!r} of {source!r} holds no class numbers: set label_column.")
         feature = table.features[label_column]
+        if not (isinstance(feature, datasets.ClassLabel) or "int" in getattr(feature, "dtype", "")):
+            raise ValueError(f"data: column {label_column!r} of {source!r} holds no class numbers: set label_column.")
+        labels = np.asarray(table.with_format("numpy")[label_column][:])
         known = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        self.table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        try:
+            self.table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"data: column {image_column!r} of {source!r} holds no images ({error}): set data.image_column."
+            ) from error
         super().__init__(labels.astype(np.int64), known or list(map(str, range(labels.max(initial=-1) + 1))))
 
     def __str__(self) -> str:
@@ -377,7 +375,10 @@ def load_images(
     """
     path = Path(source).expanduser()
     if is_local(source) and path.is_dir():
-        if idx := _find_idx(path, split):
+        idx = _find_idx(path, split)
+        if "[" in split and (idx or not _holds_tables(path)):
+            raise ValueError(f"data: split {split!r} of {source!r}: only tables can be sliced; name a whole split.")
+        if idx:
             return IdxImages(*idx)
         if not _holds_tables(path):
             return FolderImages(_class_folders(path, split))
@@ -385,7 +386,7 @@ def load_images(
         if saved := _saved_tables(path, split.partition("[")[0]):
             arguments = {"path": "arrow", "data_files": {split.partition("[")[0]: saved}}
     elif is_local(source):
-        files = sorted(match for match in glob.glob(str(path), recursive=True) if match.endswith(TABLE_ENDINGS))
+        files = _table_files(path)
         if not files:
             raise ValueError(
                 f"data: no images at {source!r}: expected a folder of class folders, a folder of IDX files, or files "
@@ -396,6 +397,37 @@ def load_images(
     else:
         arguments = {"path": source, "name": name}
     return TableImages(_load_table(source, split, arguments), source, image_column, label_column)
+
+
+def _origin(source: str, split: str) -> set[str]:
+    """Where images come from, apart from slices: two sources without a common element are different ones."""
+    base = split.partition("[")[0]
+    if not is_local(source):
+        return {f"{source}, {base}"}
+    path = Path(source).expanduser().resolve()
+    if not path.is_dir():
+        return set(_table_files(path))
+    if idx := _find_idx(path, base):
+        return {str(idx[0])}
+    if _holds_tables(path):
+        return set(_saved_tables(path, base)) or {f"{path}, {base}"}
+    return {str(_class_folders(path, base))}
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two slices of the same images have any in common."""
+    if "[" not in one or "[" not in other:
+        return True
+    ranges = []
+    for split in (one, other):
+        # Of more images than there are, so that slices by number stay what they are.
+        instruction = datasets.ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: 10**12})
+        ranges.append([(part.from_, part.to) for part in instruction])
+    return any(max(a, c) < min(b, d) for a, b in ranges[0] for c, d in ranges[1])
+
+
+def _table_files(pattern: Path) -> list[str]:
+    return sorted(match for match in glob.glob(str(pattern), recursive=True) if match.endswith(TABLE_ENDINGS))
 
 
 def _saved_tables(folder: Path, split: str) -> list[str]:

@@ -217,7 +217,8 @@ class TrainingLoop:
                 # Data-parallel engines average gradients over processes; the loss is already a share of the whole.
                 with self.timer("backward"):
                     self.accelerator.backward(loss * self.accelerator.num_processes)
-            losses.append(torch.cat((loss.detach().reshape(1), head_losses.detach())).float())
+            # Comparable between runs, whatever of the heads' losses is minimized.
+            losses.append(torch.cat((head_losses.detach().mean().reshape(1), head_losses.detach())).float())
         return torch.stack(losses).sum(0)
 
     def _agree_to_step(self, losses: torch.Tensor) -> bool:
@@ -422,7 +423,7 @@ class TrainingLoop:
         own = json.loads(json.dumps(self.config.identity()))
         different = [
             f"{name}: {saved.get(name)!r} there, {own.get(name)!r} here"
-            for name in sorted(saved.keys() | own.keys())
+            for name in sorted((saved.keys() | own.keys()) - self.config.free_on_resume)
             if saved.get(name) != own.get(name)
         ]
         if different:

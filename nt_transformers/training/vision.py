@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -90,10 +91,14 @@ class ClassifierArguments:
             config = config_class(**fields, **{split: blocks})
         except StrictDataclassError as error:
             raise ValueError(f"model: {error}") from error
-        if patch := getattr(config, "patch_size", None):
-            remedy = f"give a multiple of patch_size={patch}: the network would not see the rest of an image"
-            check(data.image_size % patch == 0, "data.image_size", data.image_size, remedy)
-        return AutoModelForImageClassification.from_config(config)
+        sides = np.atleast_1d(getattr(config, "patch_size", 1)).tolist()
+        check(min(sides) >= 1, "model.shape", self.shape, "give a patch_size of at least 1 pixel")
+        remedy = f"give a multiple of patch_size={sides}: the network would not see the rest of an image"
+        check(not any(data.image_size % side for side in sides), "data.image_size", data.image_size, remedy)
+        try:
+            return AutoModelForImageClassification.from_config(config)
+        except (KeyError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"model.shape={self.shape!r}: no network can be built of it ({error!r})") from error
 
 
 @dataclass(kw_only=True)
@@ -122,6 +127,11 @@ class VisionTrainingConfig(TrainingConfig):
         unused = self.eval_steps is not None and self.data.validation_size == 0
         remedy = "there is nothing to evaluate on; hold images out by data.validation_size, or leave it out"
         check(not unused, "eval_steps", self.eval_steps, remedy)
+
+    def identity(self) -> dict[str, Any]:
+        # Checkpoints from before there was a choice continue.
+        fields = super().identity()
+        return {name: value for name, value in fields.items() if (name, value) != ("head_loss", "mean")}
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -201,14 +211,15 @@ class VisionTask:
         """Figures on the test images, the same on every process."""
         return self._score(self.test_images, "test")
 
-    def read_test_images(self) -> None:
-        """Reads all of them once, so that a damaged one shows before training.
+    def read_images(self, *, test: bool) -> None:
+        """Reads all held-out and test images once, so that a damaged one shows before training.
 
         Raises:
             DamagedImageError: one cannot be decoded, and damaged images are not to be skipped.
         """
-        for _ in self._evaluation_batches(self.test_images):
-            pass
+        for images in (self.validation, self.test_images)[: 1 + test]:
+            for _ in self._evaluation_batches(images):
+                pass
 
     def _evaluation_batches(self, images: LabelledImages) -> Iterator[Batch]:
         """This process's share of the images, prepared."""
@@ -250,8 +261,7 @@ def train_image_classifier(config: VisionTrainingConfig, *, test: bool = True) -
     check(test or config.data.validation_size > 0, "data.validation_size", config.data.validation_size, remedy)
     with accelerated(config) as accelerator:
         task = VisionTask(config, accelerator)
-        if test:
-            task.read_test_images()
+        task.read_images(test=test)
         repository = create_hub_repository(config) if config.push_to_hub and accelerator.is_main_process else None
         network, topology, summary = run_training(config, task, accelerator)
         cost = _cost(config, network, topology)

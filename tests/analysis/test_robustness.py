@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from nt_transformers import NeuroTrailsWideResNetConfig, NeuroTrailsWideResNetForImageClassification
 from nt_transformers.analysis.robustness import RobustnessTest, mean_figures, plot_severity
 from nt_transformers.data.corruptions import write_corrupted
-from nt_transformers.data.image_batches import image_processor
+from nt_transformers.data.image_batches import image_processor, preparation_of
 from nt_transformers.data.images import ImageDataConfig, LabelledImages, load_images
 
 
@@ -62,6 +64,27 @@ def test_a_corruption_that_does_not_exist_is_named_before_any_is_measured(
         test.on_corrupted(images, ["fog", "rain"])
 
 
+def test_measuring_changes_nothing(model: NeuroTrailsWideResNetForImageClassification, images: LabelledImages) -> None:
+    test = RobustnessTest(model, PREPARATION)
+    expected, before = test.on(images), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        assert test.on(images) == expected
+        model.train()
+        assert test.on(images) == expected
+        assert model.training
+    finally:
+        model.eval()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_processors_that_prepare_in_another_way_are_refused() -> None:
+    for step in ("do_normalize", "do_rescale", "do_resize"):
+        processor = image_processor(PREPARATION)
+        setattr(processor, step, False)
+        with pytest.raises(ValueError, match=f"'{step}': False.*expected all three steps"):
+            preparation_of(processor)
+
+
 def test_means_are_taken_head_by_head() -> None:
     one = {"accuracy": 0.5, "accuracy_heads": [0.2, 0.4], "images": 10}
     other = {"accuracy": 0.7, "accuracy_heads": [0.4, 0.8], "images": 10}
@@ -92,6 +115,9 @@ def test_plot(tmp_path: Path) -> None:
         ("--plot {}/plot.docx", "name a file that ends in one of .*png"),
         ("--plot {}/plot.png --corruptions", "draws accuracy over severity; name --corruptions"),
         ("--batch_size 0", "--batch_size 0"),
+        ("--device nothing", "--device nothing"),
+        ("--model {}/stock", "--model .*stock: ResNetForImageClassification has no heads"),
+        ("--model {}/larger --write_corrupted {}/c", "--write_corrupted: the models differ in size"),
     ],
 )
 def test_a_mistake_ends_the_command_before_anything_is_measured(
@@ -105,7 +131,13 @@ def test_a_mistake_ends_the_command_before_anything_is_measured(
 ) -> None:
     model.save_pretrained(tmp_path / "model")
     image_processor(PREPARATION).save_pretrained(tmp_path / "model")
-    given = f"--model {tmp_path}/model --data {image_folder} --split val --num_workers 0 {options.format(tmp_path)}"
+    model.save_pretrained(tmp_path / "larger")
+    image_processor(replace(PREPARATION, image_size=40)).save_pretrained(tmp_path / "larger")
+    ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1], embedding_size=8)).save_pretrained(
+        tmp_path / "stock"
+    )
+    given = f"--model {tmp_path}/model --data {image_folder} --split val --num_workers 0 "
+    given += options.replace("{}", str(tmp_path))
     monkeypatch.setattr("sys.argv", [str(SCRIPT), *given.split()])
     monkeypatch.setattr(RobustnessTest, "_score", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(SystemExit) as stop:

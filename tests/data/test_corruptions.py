@@ -168,6 +168,8 @@ def test_imagenet_c_folders(image_folder: Path, tmp_path: Path) -> None:
         (np.zeros((10, 32, 32, 3), np.uint8), np.zeros(1, np.uint8), r"fog\.npy holds 10 images.*labels \[1\]"),
         (np.zeros((12, 32, 32, 3), np.uint8), np.zeros(12, np.uint8), r"holds 12 images, .*five severities"),
         (np.zeros((10, 32, 32, 3), np.float32), np.zeros(10, np.uint8), r"holds float32 \[10, 32, 32, 3\], not uint8"),
+        (np.zeros((10, 3, 32, 32), np.uint8), np.zeros(10, np.uint8), r"holds uint8 \[10, 3, 32, 32\], not uint8"),
+        (np.zeros((10, 32, 32, 3), np.uint8), np.full(10, 0.5), r"labels\.npy holds float64, not class numbers"),
         (np.zeros((10, 3072), np.uint8), np.zeros(10, np.uint8), r"holds uint8 \[10, 3072\], not uint8"),
         (np.zeros((10, 32, 32, 3), np.uint8), None, r"labels\.npy cannot be read"),
         (None, np.zeros(10, np.uint8), r"fog\.npy cannot be read"),

@@ -172,6 +172,22 @@ class TestMistakes:
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "images.parquet")
         self.fails(tmp_path / "images.parquet", "'kind' .* holds no class numbers")
 
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            (
+                {"image_column": "kind", "label_column": "kind"},
+                "column 'kind' .* holds no images.*set data.image_column",
+            ),
+            ({"image_column": "picture", "label_column": "picture"}, "column 'picture' .* holds no class numbers"),
+        ],
+    )
+    def test_columns_of_another_kind(
+        self, tmp_path: Path, pixels: np.ndarray, columns: dict[str, str], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_images(write_parquet(tmp_path, pixels), **columns)
+
     def test_damaged_table(self, tmp_path: Path, pixels: np.ndarray) -> None:
         source = Path(write_parquet(tmp_path, pixels))
         source.write_bytes(source.read_bytes()[:200])
@@ -272,6 +288,29 @@ def test_slices_of_one_table_train_and_test(tmp_path: Path, pixels: np.ndarray) 
     assert test.labels.tolist() == LABELS[3:]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "splits"),
+    [
+        ("{}/images.parquet", None, ("train[:3]", "train[2:]")),
+        ("{}/images.parquet", None, ("train[:4]", "train[:100%]")),
+        ("{}/images.parquet", "{}/*.parquet", ("train", "test")),
+        ("{}/tree/train", "{}/tree/train/", ("train", "test")),
+        ("{}/tree/train", "{}/tree", ("train", "train")),
+        ("{}/hub", None, ("train", "train[:3]")),
+        ("nobody/nothing", None, ("train", "train[:3]")),
+    ],
+)
+def test_training_images_by_another_name(
+    tmp_path: Path, pixels: np.ndarray, train: str, test: str | None, splits: tuple[str, str]
+) -> None:
+    for write in (write_parquet, write_parquet_folder, write_folder):
+        write(tmp_path, pixels)
+    places = {"train": train.format(tmp_path), "test": test and test.format(tmp_path)}
+    config = ImageDataConfig(**places, train_split=splits[0], test_split=splits[1])
+    with pytest.raises(ValueError, match=r"^data\.test=.*these are the training images"):
+        config.load_test(["a", "b", "c"])
+
+
 def test_splits_that_were_saved_together(tmp_path: Path, pixels: np.ndarray) -> None:
     source = write_saved_splits(tmp_path, pixels)
     test = ImageDataConfig(train=source, image_column="picture", label_column="kind").load_test(["a", "b", "c"])
@@ -283,8 +322,10 @@ def test_splits_that_were_saved_together(tmp_path: Path, pixels: np.ndarray) -> 
 def test_splits_are_not_taken_for_classes(image_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no subfolder 'test' \(it has 'train', 'val'\): set the split"):
         load_images(str(image_folder), "test")
-    with pytest.raises(ValueError, match=r"^data\.test=None"):
+    with pytest.raises(ValueError, match=r"no subfolder 'test'"):
         ImageDataConfig(train=str(image_folder)).load_test(["n01", "n02", "n03"])
+    with pytest.raises(ValueError, match=r"split 'val\[:3\]' of .*only tables can be sliced"):
+        load_images(str(image_folder), "val[:3]")
 
 
 def test_classes_may_keep_their_images_one_folder_further_down(tmp_path: Path, pixels: np.ndarray) -> None:

@@ -285,6 +285,28 @@ def test_the_sum_of_the_heads_losses_trains_a_full_ensemble_at_its_members_rate(
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_last_feature_map_of_one_pixel(run_config: RunConfig) -> None:
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    config = run_config({"model_type": "neurotrails_resnet", "shape": shape}, max_steps=1, checkpoint_steps=None)
+    assert config.plan(Hardware(num_processes=1)).memory.weights > 0
+    assert train_image_classifier(config)["forward_flops_per_image"] > 0
+
+
+def test_a_checkpoint_from_before_a_field_was_free_continues(run_config: RunConfig) -> None:
+    train_image_classifier(run_config(max_steps=4))
+    state = Path(run_config().output_dir) / "checkpoints" / "step_4" / "state.json"
+    assert "head_loss" not in json.loads(state.read_text())["config"], "as in checkpoints from before there was one"
+    resumed = run_config(max_steps=4, resume_from_checkpoint="latest", data={"skip_damaged_images": True})
+    assert train_image_classifier(resumed)["steps"] == 4
+
+
+def test_the_logged_loss_is_the_mean_of_the_heads(run_config: RunConfig) -> None:
+    config = run_config(head_loss="sum", max_steps=3, checkpoint_steps=None)
+    train_image_classifier(config, test=False)
+    (line,) = [line for line in read_metrics(config.output_dir) if "loss" in line]
+    assert line["loss"] == pytest.approx(sum(line["head_losses"]) / 2, rel=1e-5)
+
+
 def test_fsdp_does_not_shard_channels_last(run_config: RunConfig) -> None:
     with pytest.raises(ValueError, match="channels_last=True: FSDP2 shards contiguous weights only.*DDP"):
         VisionTask(run_config(channels_last=True), SimpleNamespace(is_fsdp2=True))  # type: ignore[arg-type]
@@ -328,8 +350,23 @@ class TestBadInput:
 
     def test_images_that_patches_do_not_cover(self, run_config: RunConfig) -> None:
         vit = {"model_type": "neurotrails_vit", "shape": NETWORKS["vit"]}
-        self.fails(run_config(vit, {"image_size": 20}), "data.image_size=20: give a multiple of patch_size=8")
+        self.fails(run_config(vit, {"image_size": 20}), "data.image_size=20: give a multiple of patch_size=.8")
         self.fails(run_config(vit, {"image_size": 4}), "image_size=4: smaller than patch_size=8")
+
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+    @pytest.mark.parametrize(
+        "field", [{"patch_size": 0}, {"patch_size": -8}, {"hidden_size": 0}, {"hidden_act": "none"}]
+    )
+    def test_networks_that_cannot_be_built(self, run_config: RunConfig, field: dict[str, Any]) -> None:
+        vit = {"model_type": "neurotrails_vit", "shape": NETWORKS["vit"] | field}
+        self.fails(run_config(vit), "model")
+
+    def test_a_damaged_held_out_image(self, run_config: RunConfig, image_folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(image_folder, tmp_path / "images")
+        data = {"train": str(tmp_path / "images")}
+        _, held_out = run_config(data=data).data.load_train()
+        Path(held_out.place(0)).write_bytes(b"no image")
+        self.fails(run_config(data=data), re.escape(held_out.place(0)))
 
     def test_evaluations_without_images(self, run_config: RunConfig) -> None:
         with pytest.raises(ValueError, match="eval_steps=4: there is nothing to evaluate on; .*data.validation_size"):
