@@ -226,11 +226,13 @@ def _claim(folder: Path, labels: np.ndarray, clean: EvaluationBatches, kept: Seq
         assert image is not None
         digest.update(np.asarray(image).tobytes())
     origin = {"images": len(kept), "digest": digest.hexdigest()}
+    if folder.is_file():
+        raise ValueError(f"{str(folder)!r} is a file: name a folder for the corrupted images.")
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
         # The origin comes first: a folder without labels is seen to be unfinished.
         write_text(folder / ORIGIN, json.dumps(origin))
-    elif not (folder / ORIGIN).exists() or json.loads((folder / ORIGIN).read_text(encoding="utf-8")) != origin:
+    elif _recorded_origin(folder) != origin:
         raise ValueError(
             f"{str(folder)!r} holds other files than corruptions of these {len(kept)} images, prepared as this "
             "network takes them: name another folder."
@@ -240,6 +242,14 @@ def _claim(folder: Path, labels: np.ndarray, clean: EvaluationBatches, kept: Seq
         with partial.open("wb") as file:
             np.save(file, np.tile(labels, len(SEVERITIES)))
         partial.replace(folder / LABELS)
+
+
+def _recorded_origin(folder: Path) -> object:
+    """None where there is none, or where it cannot be read."""
+    try:
+        return json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 class _MadeImages(Dataset[np.ndarray]):

@@ -8,11 +8,12 @@ import glob
 import gzip
 import io
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -142,8 +143,8 @@ class ImageDataConfig:
             ValueError: they are training images; errors of `load_images` and `with_classes`.
         """
         source = self.test or self.train
-        same = _origin(self.train, self.train_split) & _origin(source, self.test_split)
-        others = not same or not _overlap(self.train_split, self.test_split)
+        train, test = _locate(self.train, self.train_split), _locate(source, self.test_split)
+        others = not train.meets(test) or not _overlap(self.train_split, self.test_split)
         self._check(others, "test", "these are the training images; name others, or a test_split that data.train has")
         return self._load(source, self.test_split).with_classes(class_names)
 
@@ -373,45 +374,56 @@ def load_images(
         ValueError: there is nothing to read at `source`, or it is damaged; a column is missing; there are no classes,
             or labels that are none.
     """
-    path = Path(source).expanduser()
-    if is_local(source) and path.is_dir():
-        idx = _find_idx(path, split)
-        if "[" in split and (idx or not _holds_tables(path)):
-            raise ValueError(f"data: split {split!r} of {source!r}: only tables can be sliced; name a whole split.")
-        if idx:
-            return IdxImages(*idx)
-        if not _holds_tables(path):
-            return FolderImages(_class_folders(path, split))
-        arguments: dict[str, Any] = {"path": str(path)}
-        if saved := _saved_tables(path, split.partition("[")[0]):
-            arguments = {"path": "arrow", "data_files": {split.partition("[")[0]: saved}}
-    elif is_local(source):
-        files = _table_files(path)
-        if not files:
+    form, places = _locate(source, split)
+    if "[" in split and form in ("idx", "class folders"):
+        raise ValueError(f"data: split {split!r} of {source!r}: only tables can be sliced; name a whole split.")
+    if form == "idx":
+        return IdxImages(*map(Path, places))
+    if form == "class folders":
+        return FolderImages(Path(places[0]))
+    arguments: dict[str, Any] = {"path": source, "name": name}
+    if form == "table files":
+        if not places:
             raise ValueError(
                 f"data: no images at {source!r}: expected a folder of class folders, a folder of IDX files, or files "
                 f"ending in {' or '.join(TABLE_ENDINGS)}."
             )
-        kind = Path(files[0]).suffix.removeprefix(".")
-        arguments = {"path": kind, "data_files": {split.partition("[")[0]: files}}
-    else:
-        arguments = {"path": source, "name": name}
+        arguments = {"path": Path(places[0]).suffix.removeprefix("."), "data_files": {_whole(split): places}}
+    elif is_local(source):
+        arguments = {"path": str(Path(source).expanduser())}
     return TableImages(_load_table(source, split, arguments), source, image_column, label_column)
 
 
-def _origin(source: str, split: str) -> set[str]:
-    """Where images come from, apart from slices: two sources without a common element are different ones."""
-    base = split.partition("[")[0]
+class _Location(NamedTuple):
+    """Where the images of a split lie: in files, in a folder, or in a data set whose splits `datasets` finds."""
+
+    form: Literal["idx", "class folders", "table files", "data set"]
+    places: list[str]
+
+    def meets(self, other: "_Location") -> bool:
+        """Whether any images lie in both."""
+        return not {os.path.realpath(place) for place in self.places}.isdisjoint(map(os.path.realpath, other.places))
+
+
+def _locate(source: str, split: str) -> _Location:
+    split = _whole(split)
     if not is_local(source):
-        return {f"{source}, {base}"}
-    path = Path(source).expanduser().resolve()
+        return _Location("data set", [f"{source}, {split}"])
+    path = Path(source).expanduser()
     if not path.is_dir():
-        return set(_table_files(path))
-    if idx := _find_idx(path, base):
-        return {str(idx[0])}
-    if _holds_tables(path):
-        return set(_saved_tables(path, base)) or {f"{path}, {base}"}
-    return {str(_class_folders(path, base))}
+        return _Location("table files", _table_files(path))
+    if idx := _find_idx(path, split):
+        return _Location("idx", [str(file) for file in idx])
+    if not _holds_tables(path):
+        return _Location("class folders", [str(_class_folders(path, split))])
+    if saved := _saved_tables(path, split):
+        return _Location("table files", saved)
+    return _Location("data set", [f"{path.resolve()}, {split}"])
+
+
+def _whole(split: str) -> str:
+    """The split of which `split` is a slice."""
+    return split.partition("[")[0]
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -421,7 +433,7 @@ def _overlap(one: str, other: str) -> bool:
     ranges = []
     for split in (one, other):
         # Of more images than there are, so that slices by number stay what they are.
-        instruction = datasets.ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: 10**12})
+        instruction = datasets.ReadInstruction.from_spec(split).to_absolute({_whole(split): 10**12})
         ranges.append([(part.from_, part.to) for part in instruction])
     return any(max(a, c) < min(b, d) for a, b in ranges[0] for c, d in ranges[1])
 

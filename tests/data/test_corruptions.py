@@ -114,6 +114,17 @@ def test_files_of_others_are_left_alone(image_folder: Path, tmp_path: Path) -> N
     assert np.load(tmp_path / "labels.npy").shape == (5,)
 
 
+def test_a_damaged_record_counts_as_of_others_and_a_file_is_no_folder(image_folder: Path, tmp_path: Path) -> None:
+    images, config = load_images(str(image_folder), "val"), ImageDataConfig(image_size=32, crop="none")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "origin.json").write_text('{"images": 1')
+    with pytest.raises(ValueError, match="name another folder"):
+        write_corrupted(images, config, tmp_path / "made", ["fog"])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file' is a file: name a folder"):
+        write_corrupted(images, config, tmp_path / "file", ["fog"])
+
+
 def test_an_interruption_leaves_no_file_that_looks_whole(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
