@@ -12,15 +12,18 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-O3", "-std=c++17", "-Wno-psabi", "-fPIC", "-shared", "-fopenmp")
-# The flags that each instruction set needs, and the processor features that it asks for.
 _AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vbmi2", "-mavx512vnni")
 _AVX512_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni"}
-INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], set[str]]] = {
+# The flags that each instruction set needs, and the processor features that it asks for, the best first.
+InstructionSets = dict[str, tuple[tuple[str, ...], set[str]]]
+X86: InstructionSets = {
     "avx512_bf16": ((*_AVX512_FLAGS, "-mavx512bf16"), _AVX512_FEATURES | {"avx512_bf16"}),
     "avx512": (_AVX512_FLAGS, _AVX512_FEATURES),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
-    "portable": ((), set()),
 }
+ARM: InstructionSets = {"neon": (("-DNT_NEON=1",), set())}  # every 64-bit ARM has it
+_OF_MACHINES = dict.fromkeys(("x86_64", "AMD64"), X86) | dict.fromkeys(("aarch64", "arm64"), ARM)
+INSTRUCTION_SETS: InstructionSets = {**_OF_MACHINES.get(platform.machine(), {}), "portable": ((), set())}
 
 
 def library_name(instruction_set: str) -> str:
@@ -57,6 +60,5 @@ def build_all(folder: Path) -> None:
     Raises:
         OSError: there is no compiler, or it fails.
     """
-    names = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else ["portable"]
-    for name in names:
+    for name in INSTRUCTION_SETS:
         build(name, folder / library_name(name))

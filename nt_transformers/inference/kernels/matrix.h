@@ -16,6 +16,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif NT_NEON
+#include <arm_neon.h>
 #endif
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #define NT_AVX512 1
@@ -75,6 +77,8 @@ inline float to_float(BFloat16 value) {
 inline float to_float(Float16 value) {
 #if defined(__F16C__)
   return _cvtsh_ss(value.bits);
+#elif NT_NEON
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(value.bits))), 0);
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t exponent = (value.bits >> 10) & 0x1fu, mantissa = value.bits & 0x3ffu;

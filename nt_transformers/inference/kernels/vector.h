@@ -3,7 +3,7 @@
 // Few tokens: y = A x, as dot products of the rows of A with each token.
 //
 // - AVX-512 (of Ice Lake, Zen 4 and later) expands 32 or 64 columns at once by the bits themselves;
-// - AVX2 expands 8 columns by a shuffle looked up by the 8 bits;
+// - AVX2 and NEON expand 8 columns (NEON 4 of float32) by a shuffle looked up by their bits;
 // - anything else walks over the set bits;
 // - where few weights exist, their columns are listed, and x is picked by them.
 //
@@ -236,20 +236,24 @@ template <typename V> float scaled(float sum, const NtMatrix& a, int64_t row) {
   return std::is_same_v<V, int8_t> ? sum * a.scales[row] : sum;
 }
 
-#if NT_AVX2
+#if NT_AVX2 || NT_NEON
 
-// For each byte of the bitmap: which bytes of the values, of `Size` bytes each, its 8 columns take.
-template <int Size> struct Shuffles {
-  alignas(32) int8_t bytes[256][8 * Size];
+// For each value of `Columns` bits: which bytes of the values, of `Size` bytes each, these columns take.
+template <int Columns, int Size> struct Shuffles {
+  alignas(32) int8_t bytes[1 << Columns][Columns * Size];
   Shuffles() {
-    for (int bits = 0; bits < 256; ++bits)
-      for (int column = 0, next = 0; column < 8; ++column)
+    for (int bits = 0; bits < 1 << Columns; ++bits)
+      for (int column = 0, next = 0; column < Columns; ++column)
         for (int byte = 0; byte < Size; ++byte)
           bytes[bits][column * Size + byte] = static_cast<int8_t>(bits >> column & 1 ? next++ : -1);  // -1: a zero
   }
 };
-const Shuffles<1> kByteShuffles;
-const Shuffles<2> kHalfShuffles;
+const Shuffles<8, 1> kByteShuffles;
+const Shuffles<8, 2> kHalfShuffles;
+
+#endif
+
+#if NT_AVX2
 
 inline __m128i load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 inline __m128i load8(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
@@ -319,6 +323,66 @@ template <typename V, typename X, int T> struct Dot {
     _mm256_store_ps(lanes, _mm256_add_ps(sums[t][0], sums[t][1]));
     const float sum = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
     return scaled<V>(sum, a, row);
+  }
+};
+
+#elif NT_NEON
+
+const Shuffles<4, 4> kWordShuffles;
+
+template <int Columns, int Size> uint8x16_t shuffle(const Shuffles<Columns, Size>& table, uint32_t bits) {
+  return vreinterpretq_u8_s8(vld1q_s8(table.bytes[bits]));
+}
+inline uint8x16_t load16(const void* from) { return vld1q_u8(static_cast<const uint8_t*>(from)); }
+
+// The values of 8 columns as float32, 0 where no weight exists: an index beyond the table takes a zero.
+template <typename V> uint16x8_t expand(uint32_t bits, const V* values) {
+  static_assert(sizeof(V) == 2);
+  return vreinterpretq_u16_u8(vqtbl1q_u8(load16(values), shuffle(kHalfShuffles, bits)));
+}
+inline void spread(uint32_t bits, const BFloat16* values, float32x4_t* halves) {
+  const uint16x8_t all = expand(bits, values);
+  halves[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(all), 16));
+  halves[1] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(all), 16));
+}
+inline void spread(uint32_t bits, const Float16* values, float32x4_t* halves) {
+  const float16x8_t all = vreinterpretq_f16_u16(expand(bits, values));
+  halves[0] = vcvt_f32_f16(vget_low_f16(all));
+  halves[1] = vcvt_f32_f16(vget_high_f16(all));
+}
+inline void spread(uint32_t bits, const int8_t* values, float32x4_t* halves) {
+  const int8x8_t all = vqtbl1_s8(vreinterpretq_s8_u8(load16(values)), vld1_u8(reinterpret_cast<const uint8_t*>(kByteShuffles.bytes[bits])));
+  const int16x8_t wider = vmovl_s8(all);
+  halves[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(wider)));
+  halves[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(wider)));
+}
+inline void spread(uint32_t bits, const float* values, float32x4_t* halves) {
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t four = bits >> 4 * half & 0xf;
+    halves[half] = vreinterpretq_f32_u8(vqtbl1q_u8(load16(values), shuffle(kWordShuffles, four)));
+    values += __builtin_popcount(four);
+  }
+}
+
+template <typename V, typename X, int T> struct Dot {
+  using Bits = uint32_t;
+  static constexpr int registers = 2 * T;
+  float32x4_t sums[T][2] = {};
+  void add(Bits bits, const V* values, const Tokens& x, int64_t column) {
+    for (int part = 0; part < 4; ++part) {
+      const uint32_t byte = bits >> 8 * part & 0xff;
+      float32x4_t halves[2];
+      spread(byte, values, halves);
+      for (int t = 0; t < T; ++t)
+        for (int half = 0; half < 2; ++half) {
+          const float32x4_t numbers = vld1q_f32(x.floats(t) + column + 8 * part + 4 * half);
+          sums[t][half] = vfmaq_f32(sums[t][half], halves[half], numbers);
+        }
+      values += __builtin_popcount(byte);
+    }
+  }
+  float total(int t, const NtMatrix& a, int64_t row, const Tokens&) const {
+    return scaled<V>(vaddvq_f32(vaddq_f32(sums[t][0], sums[t][1])), a, row);
   }
 };
 
