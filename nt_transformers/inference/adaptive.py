@@ -103,8 +103,10 @@ class AdaptiveVoting:
     def __init__(self, model: NeuroTrailsLlamaForCausalLM, threshold: float, measure: Measure = "margin") -> None:
         _check_model(model)
         _check_measure(measure)
-        if math.isnan(threshold):
-            raise ValueError(f"threshold={threshold}: give a certainty, 0 to never ask the other heads, 2 to always.")
+        if not isinstance(threshold, int | float) or math.isnan(threshold):
+            raise ValueError(
+                f"threshold={threshold!r}: give a certainty, 0 to never ask the other heads, 2 to always."
+            )
         self.model, self.config = model, model.config
         self.threshold, self.measure = threshold, measure
         self.predictions = self.consultations = 0
@@ -243,7 +245,7 @@ class AdaptiveScores:
         Args:
             model: As for `AdaptiveVoting`.
             batches: `input_ids` [batch, seq] and `labels` [batch, seq], -100 where nothing is to be predicted; labels
-                are the inputs.
+                are the inputs. With padding also `attention_mask` [batch, seq].
             measure: Of certainty.
 
         Raises:
@@ -251,11 +253,13 @@ class AdaptiveScores:
         """
         _check_model(model)
         _check_measure(measure)
+        _check_heads(model)
         lm_heads = [model.lm_heads[m] for m in model.active_heads]
         chunks = []
         for batch in batches:
-            input_ids, labels = (batch[name].to(model.device) for name in ("input_ids", "labels"))
-            hidden_MBSH = model.model(input_ids=input_ids, use_cache=False).head_hidden_states[:, :, :-1]
+            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
+            labels = batch["labels"].to(model.device)
+            hidden_MBSH = model.model(**inputs, use_cache=False).head_hidden_states[:, :, :-1]
             predicted = labels[:, 1:] != -100
             hidden_MNH, targets_N = hidden_MBSH[:, predicted], labels[:, 1:][predicted]
             size = max(CHUNK_TOKENS // len(lm_heads), 1)
@@ -311,14 +315,18 @@ def _check_measure(measure: str) -> None:
         raise ValueError(f"measure={measure!r}: choose from {', '.join(get_args(Measure))}.")
 
 
-def _check_call(
-    model: NeuroTrailsLlamaForCausalLM, attention_mask: object, cache: Cache | None, others: dict[str, Any]
-) -> None:
-    """Raises `ValueError` for what adaptive voting cannot do."""
+def _check_heads(model: NeuroTrailsLlamaForCausalLM) -> None:
     if len(model.active_heads) < 2:
         raise ValueError(
             f"active_heads={model.active_heads}: there is no other head to consult; activate two or more."
         )
+
+
+def _check_call(
+    model: NeuroTrailsLlamaForCausalLM, attention_mask: object, cache: Cache | None, others: dict[str, Any]
+) -> None:
+    """Raises `ValueError` for what adaptive voting cannot do."""
+    _check_heads(model)
     if asked := [name for name, value in others.items() if value is not None and value is not False]:
         raise ValueError(f"{', '.join(asked)}: adaptive voting returns logits only; leave the `with` block for more.")
     layers = [] if cache is None else cache.layers

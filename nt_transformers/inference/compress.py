@@ -15,15 +15,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .decoding import Decoder
-from .linear import SparseLinear
+from .linear import PARTS, SparseLinear
 from .matrix import DTYPES, SparseMatrix, Values, check_values
 
 
 logger = logging.getLogger(__name__)
 
 METHOD = "nt_sparse"
-# Of a compressed layer, in a checkpoint.
-PARTS = ("bitmap", "values", "scales")
 
 
 @register_quantization_config(METHOD)
@@ -58,10 +56,6 @@ class SparseWeightsQuantizer(HfQuantizer):
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not devices <= {None, "cpu", "auto", torch.device("cpu")}:
             raise ValueError(f"device_map={device_map!r}: compressed models run on the CPU; leave device_map out.")
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        # Nothing is converted: values stay what they were stored as, norms and embeddings too.
-        return None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         stored = _stored_tensors(kwargs["checkpoint_files"])

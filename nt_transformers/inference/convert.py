@@ -6,11 +6,19 @@ python -m nt_transformers.inference.convert runs/demo_compressed runs/demo_dense
 """
 
 import argparse
+import logging
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoProcessor,
+    PreTrainedModel,
+)
 
 import nt_transformers  # noqa: F401  (registers the models)
 
@@ -18,10 +26,23 @@ from .compress import compress
 from .matrix import Values
 
 
+logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(source: str, **kwargs: Any) -> PreTrainedModel:
+    """The language model or image classifier of a checkpoint (folder or hub id); arguments as of `from_pretrained`."""
+    is_classifier = type(AutoConfig.from_pretrained(source)) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    loader: Any = AutoModelForImageClassification if is_classifier else AutoModelForCausalLM
+    model: PreTrainedModel = loader.from_pretrained(source, **kwargs)
+    return model
+
+
 def convert(
     source: str, target: str, values: Values = "bf16", *, dense: bool = False, output_layers: bool = True
 ) -> None:
     """Reads the checkpoint `source` (folder or hub id) and writes `target`, compressed, or dense if so asked.
+
+    Its tokenizer or image processor comes along.
 
     Raises:
         ValueError: `target` exists, `source` cannot be loaded, or it is compressed (dense) already.
@@ -29,8 +50,7 @@ def convert(
     if Path(target).exists() and not (Path(target).is_dir() and not any(Path(target).iterdir())):
         raise ValueError(f"target={target!r}: it exists and is no empty folder; name another one.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = load_checkpoint(source)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"source={source!r} cannot be loaded: {error}") from error
     if not dense:
@@ -40,7 +60,16 @@ def convert(
     else:
         model = model.dequantize()
     model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    _copy_processor(source, target)
+
+
+def _copy_processor(source: str, target: str) -> None:
+    try:
+        processor: Any = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        logger.warning("no tokenizer or image processor was written: %s", error)
+    else:
+        processor.save_pretrained(target)
 
 
 def main() -> None:
@@ -52,14 +81,20 @@ def main() -> None:
     )
     parser.add_argument("source", help="checkpoint to read: a folder or hub id")
     parser.add_argument("target", help="folder to write")
-    parser.add_argument("--values", choices=get_args(Values), default="bf16", help="type of the stored weights")
+    parser.add_argument("--values", choices=get_args(Values), help="type of the stored weights (bf16)")
     parser.add_argument("--dense", action="store_true", help="make a compressed checkpoint dense again")
-    parser.add_argument(
-        "--keep_output_layers", action="store_false", dest="output_layers", help="leave the output layers as they are"
-    )
-    options = vars(parser.parse_args())
+    parser.add_argument("--keep_output_layers", action="store_true", help="leave the output layers as they are")
+    args = parser.parse_args()
+    if args.dense and (args.values or args.keep_output_layers):
+        parser.error("--dense keeps every weight as it is: leave --values and --keep_output_layers out")
     try:
-        convert(options.pop("source"), options.pop("target"), **options)
+        convert(
+            args.source,
+            args.target,
+            args.values or "bf16",
+            dense=args.dense,
+            output_layers=not args.keep_output_layers,
+        )
     except ValueError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 

@@ -147,10 +147,10 @@ class Decoder:
         self._usual_forward = self.model.forward
         # Assisted generation by early exit lowers the number in the configuration for a while.
         self._depth = self.model.config.num_hidden_layers
-        self._plans: dict[tuple[bool, tuple[int, ...]], _Plan] = {}
+        self._plans: dict[tuple[bool, tuple[int, ...], torch.dtype], _Plan] = {}
         # What the plans point to.
         self._memory: list[Any] = []
-        self._quicker: dict[tuple[bool, tuple[int, ...], int, int], bool] = {}
+        self._quicker: dict[tuple[bool, tuple[int, ...], int, int, torch.dtype], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes plans of its own weights.
@@ -173,7 +173,6 @@ class Decoder:
             and len({module.values.dtype for module in linear}) == 1
             and config.hidden_act == "silu"
             and config.head_dim % 16 == 0
-            and model.dtype in native.ACTIVATIONS
         )
 
     @classmethod
@@ -290,7 +289,9 @@ class Decoder:
 
     def _is_quicker(self, backbone: bool, heads: Sequence[int], tokens: int) -> bool:
         """Whether the kernels multiply so many tokens in all of these layers at least as quickly as torch."""
-        key = backbone, tuple(heads), tokens, torch.get_num_threads()
+        if self.model.dtype not in native.ACTIVATIONS:
+            return False
+        key = backbone, tuple(heads), tokens, torch.get_num_threads(), self.model.dtype
         if key not in self._quicker:
             layers = (layer for module in self._modules(backbone, heads) for layer in module.modules())
             self._quicker[key] = tokens > 0 and not any(
@@ -353,7 +354,7 @@ class Decoder:
         return out.to(self.model.dtype)
 
     def _plan(self, backbone: bool, heads: Sequence[int]) -> _Plan:
-        key = backbone, tuple(heads)
+        key = backbone, tuple(heads), self.model.dtype
         if key not in self._plans:
             self._plans[key] = self._build_plan(backbone, heads)
         return self._plans[key]

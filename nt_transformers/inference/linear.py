@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -14,11 +14,16 @@ from .matrix import SparseMatrix, Values
 from .products import multiply, sparse_product
 
 
+# Of the weight, in a checkpoint.
+PARTS = ("bitmap", "values", "scales")
+
+
 class SparseLinear(nn.Module):
     """`nn.Linear` for inference on CPUs, its weight a `SparseMatrix`.
 
     Sums in float32 and returns the dtype of its input. Matrices that are smaller without a bitmap (a density near
-    1) are stored dense. `torch.compile` takes the layer as one custom operator, once it has been prepared.
+    1) are stored dense. `.to(dtype)` leaves the weight as it is stored. `torch.compile` takes the layer as one custom
+    operator, once it has been prepared.
 
     Args:
         matrix: The weight, [out_features, in_features].
@@ -61,15 +66,16 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # What `.to()`, `.half()` and their like go through; the kernels point to the weight as it is.
-        for part in (self.values, self.scales):
-            probe = None if part is None else fn(part.new_empty(0))
-            if part is not None and probe is not None and (probe.dtype, probe.device) != (part.dtype, part.device):
-                raise ValueError(
-                    f"{probe.dtype} on {probe.device}: compressed layers keep {part.dtype} on the CPU; convert the "
-                    "model before compressing it, or `dequantize()` it first."
-                )
-        before = self._addresses()
+        device = fn(self.values.new_empty(0)).device
+        if device != self.values.device:
+            raise ValueError(
+                f"{device}: compressed layers stay on the CPU; `dequantize()` the model before moving it."
+            )
+        before, stored = self._addresses(), {name: self._buffers[name] for name in PARTS}
         super()._apply(fn, recurse)
+        for name, part in stored.items():
+            if part is not None and cast(torch.Tensor, self._buffers[name]).dtype != part.dtype:
+                self._buffers[name] = part
         if self._addresses() != before:
             self._forget_kernel()
         return self

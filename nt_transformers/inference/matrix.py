@@ -34,7 +34,7 @@ class SparseMatrix:
             weight exists; None for a dense matrix, where all do.
         values: Of the existing weights, row by row, in bfloat16, float16, float32 or int8, and `READ_AHEAD` bytes of
             zeros behind them, which the kernels may load.
-        scales: float32 [rows], what the values of each row are multiplied by; int8 only.
+        scales: bfloat16 [rows], what the values of each row are multiplied by; int8 only.
     """
 
     columns: int
@@ -46,8 +46,8 @@ class SparseMatrix:
     def from_dense(cls, weight: torch.Tensor, values: Values, *, sparse: bool = True) -> SparseMatrix:
         """Packs the non-zero weights of a matrix (all of them where `sparse` is false).
 
-        int8 values are rounded to the nearest of 255 even steps between plus and minus the largest magnitude of their
-        row; the others are converted.
+        int8 values are whole multiples of a step, a 127th of the largest magnitude in their row, which is rounded to
+        bfloat16; the others are converted.
 
         Raises:
             ValueError: unknown `values`, or a weight that is not finite in that type.
@@ -57,7 +57,9 @@ class SparseMatrix:
         weight = weight.detach().cpu()
         scales = None
         if values == "int8":
-            scales = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+            steps = weight.float().abs().amax(1) / 127
+            scales = steps.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
+            # At most 127.25, however the step was rounded.
             converted = (weight.float() / scales[:, None]).round().to(torch.int8)
         else:
             converted = weight.to(DTYPES[values])
@@ -97,14 +99,14 @@ class SparseMatrix:
             exists = np.unpackbits(self.bitmap.numpy(), axis=1, count=self.columns, bitorder="little")
             dense = torch.zeros(self.shape, dtype=self.values.dtype)
             dense[torch.from_numpy(exists).view(torch.bool)] = self.values[: self.nonzeros]
-        return dense if self.scales is None else dense * self.scales[:, None]
+        return dense if self.scales is None else dense * self.scales.float()[:, None]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, columns] times the transposed matrix in torch: [tokens, rows], of the same type."""
         return torch.nn.functional.linear(x.float(), self.to_dense().float()).to(x.dtype)
 
-    def check(self) -> None:
-        """The kernels trust the parts to belong together; raises `ValueError` unless they do."""
+    def check(self) -> torch.Tensor:
+        """`row_counts`; raises `ValueError` unless the parts belong together, which the kernels trust."""
         if self.values.ndim != 1 or self.values.dtype not in DTYPES.values() or self.nonzeros < 0:
             raise ValueError(f"values: {self.values.dtype} {list(self.values.shape)} is no list of values")
         if self.bitmap is not None:
@@ -116,15 +118,16 @@ class SparseMatrix:
             last_word = np.ascontiguousarray(self.bitmap[:, -4:].numpy()).view("<u4")
             if (last_word >> np.uint64((self.columns - 1) % WORD + 1)).any():
                 raise ValueError(f"bitmap: bits beyond the {self.columns} columns are set")
-        expected = int(self.row_counts().sum())
-        if self.nonzeros != expected:
+        counts = self.row_counts()
+        if self.nonzeros != (expected := int(counts.sum())):
             raise ValueError(f"values: there are {self.nonzeros} of {expected} weights")
         if (self.scales is None) == (self.values.dtype == torch.int8):
             raise ValueError("scales: int8 values have one a row, others have none")
-        if self.scales is not None and (self.scales.shape != self.shape[:1] or self.scales.dtype != torch.float32):
-            raise ValueError(f"scales: {self.scales.dtype} {list(self.scales.shape)}, not float32 [{self.shape[0]}]")
+        if self.scales is not None and (self.scales.shape != self.shape[:1] or self.scales.dtype != torch.bfloat16):
+            raise ValueError(f"scales: {self.scales.dtype} {list(self.scales.shape)}, not bfloat16 [{self.shape[0]}]")
         if self.scales is not None and not self.scales.isfinite().all():
             raise ValueError("scales: some are not finite")
+        return counts
 
 
 def check_values(values: str) -> None:

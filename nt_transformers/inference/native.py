@@ -66,18 +66,28 @@ class KernelMatrix:
     def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None) -> None:
         self._matrix = matrix
         self._places = None
+        self._kernels = kernels()
         if index is None:
-            matrix.check()
-            index = _index(matrix)
+            index = self._build_index(matrix.check())
             # Not for the operator, which comes here for every product.
             self._places = _places(matrix)
         self.index = index
         bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
+        scales = None if matrix.scales is None else matrix.scales.float()
         sums = index[1] if len(index) > 1 else None
-        self._memory = (bitmap, matrix.values.contiguous(), index[0], matrix.scales, sums, self._places)
+        self._memory = (bitmap, matrix.values.contiguous(), index[0], scales, sums, self._places)
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, _TYPES[matrix.values.dtype])
-        self._kernels = kernels()
+
+    def _build_index(self, counts: torch.Tensor) -> torch.Tensor:
+        """What `index` is, from the number of values in each row."""
+        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        values = self._matrix.values.contiguous()
+        if values.dtype != torch.int8:
+            return bounds[None]
+        index = torch.stack([bounds, torch.zeros_like(bounds)])
+        self._kernels.nt_sum_rows(values.data_ptr(), bounds.data_ptr(), len(counts), index[1].data_ptr())
+        return index
 
     def __reduce__(self) -> tuple[type[KernelMatrix], tuple[SparseMatrix]]:
         # Copies point to memory of their own.
@@ -185,16 +195,10 @@ def _load(instruction_set: str) -> ctypes.CDLL:
     library.nt_multiply.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, choice, integer, choice)
     library.nt_decode.argtypes = (pointer, pointer, pointer, pointer, choice)
     library.nt_to_dense.argtypes = (ctypes.POINTER(Matrix), pointer, choice, choice)
-    library.nt_multiply.restype = library.nt_to_dense.restype = library.nt_decode.restype = None
+    library.nt_sum_rows.argtypes = (pointer, pointer, integer, pointer)
+    for function in (library.nt_multiply, library.nt_decode, library.nt_to_dense, library.nt_sum_rows):
+        function.restype = None
     return library
-
-
-def _index(matrix: SparseMatrix) -> torch.Tensor:
-    bounds = torch.nn.functional.pad(matrix.row_counts().cumsum(0), (1, 0))
-    if matrix.values.dtype != torch.int8:
-        return bounds[None]
-    totals = torch.nn.functional.pad(matrix.values.cumsum(0, dtype=torch.int64), (1, 0))[bounds]
-    return torch.stack([bounds, torch.nn.functional.pad(totals.diff(), (0, 1))])
 
 
 def places_below(values: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nt_transformers.models import (
     NeuroTrailsLlamaForCausalLM,
@@ -22,6 +22,8 @@ from nt_transformers.models import (
     NeuroTrailsWideResNetForImageClassification,
 )
 from nt_transformers.models.neurotrails_resnet.modeling_neurotrails_resnet import _vote as vote_of
+
+from .convert import load_checkpoint
 
 
 CLASSIFIERS = (
@@ -142,6 +144,8 @@ def _image_size(model: Any, given: int | None) -> int:
     own = getattr(model.config, "image_size", None)
     if given is None and own is None:
         raise ValueError("image_size: say how high and wide the images are, such as image_size=32 for CIFAR.")
+    if given is not None and (not isinstance(given, int) or given < 1):
+        raise ValueError(f"image_size={given!r}: give a whole number of pixels, such as 32.")
     if given is not None and own not in (None, given):
         raise ValueError(f"image_size={given}: this model takes images of {own} x {own}; leave it out.")
     size: Any = own if given is None else given
@@ -192,8 +196,7 @@ def main() -> None:
 
 def _load(source: str) -> PreTrainedModel:
     """The model of a checkpoint, dense and in float32."""
-    is_text = AutoConfig.from_pretrained(source).model_type == "neurotrails_llama"
-    model = (AutoModelForCausalLM if is_text else AutoModelForImageClassification).from_pretrained(source)
+    model: Any = load_checkpoint(source)
     return (model if getattr(model, "hf_quantizer", None) is None else model.dequantize()).float()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -74,6 +75,42 @@ def _(
     index: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], rows)
+
+
+@torch.library.custom_op("nt_transformers::sparse_product_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    gradient: torch.Tensor,
+    columns: int,
+    values: torch.Tensor,
+    bitmap: torch.Tensor | None,
+    scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient of x [tokens, columns], from that of the product [tokens, rows]."""
+    weight = SparseMatrix(columns, bitmap, values, scales).to_dense().float()
+    return (gradient.float() @ weight).to(gradient.dtype)
+
+
+@_backward.register_fake
+def _(
+    gradient: torch.Tensor,
+    columns: int,
+    values: torch.Tensor,
+    bitmap: torch.Tensor | None,
+    scales: torch.Tensor | None,
+) -> torch.Tensor:
+    return gradient.new_empty(gradient.shape[0], columns)
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, _, *parts, _ = inputs
+    ctx.columns = x.shape[1]
+    ctx.save_for_backward(*parts)
+
+
+sparse_product.register_autograd(
+    lambda ctx, gradient: (_backward(gradient, ctx.columns, *ctx.saved_tensors), *[None] * 5),
+    setup_context=_keep_weight,
+)
 
 
 def _multiply_dense(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:

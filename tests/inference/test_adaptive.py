@@ -194,6 +194,20 @@ class TestScores:
         assert voting.share == scores.share(2) == 1
         assert scores.share(0) == 0
 
+    def test_padding_counts_for_nothing(self, make_model) -> None:
+        model = make_model()
+        labels = TOKENS[:2].clone()
+        labels[0, :3] = -100
+        padding = torch.ones_like(labels)
+        padding[0, :3] = 0
+        both = {"input_ids": TOKENS[:2], "labels": labels}
+        alone = [{name: part[:1, 3:] for name, part in both.items()}, {name: part[1:] for name, part in both.items()}]
+        found = AdaptiveScores.of(model, [both | {"attention_mask": padding}])
+        expected = AdaptiveScores.of(model, alone)
+        # Position 3 of the padded text is predicted from padding; alone it is the first one.
+        for name in ("certainty", "first_nll", "vote_nll"):
+            torch.testing.assert_close(getattr(found, name)[1:], getattr(expected, name), rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("tolerance", [0, 0.005, 0.05, 10])
     @pytest.mark.parametrize("ties", [False, True])
     def test_the_chosen_threshold_is_the_best_of_all(self, tolerance: float, ties: bool) -> None:
@@ -218,6 +232,10 @@ class TestScores:
             AdaptiveScores.of(make_model(), [])
         with pytest.raises(ValueError, match=r"measure='gap'"):
             AdaptiveScores.of(make_model(), [], "gap")
+        model = make_model()
+        model.active_heads = [1]
+        with pytest.raises(ValueError, match=r"active_heads=\[1\]: there is no other"):
+            AdaptiveScores.of(model, [])
         with pytest.raises(ValueError, match=r"tolerance=-1"):
             AdaptiveScores(*torch.ones(3, 2)).choose_threshold(-1)
 
@@ -228,6 +246,7 @@ class TestMistakes:
         [
             ({"measure": "gap"}, r"measure='gap': choose from margin, entropy"),
             ({"threshold": math.nan}, r"threshold=nan"),
+            ({"threshold": "0.5"}, r"threshold='0.5': give a certainty"),
         ],
     )
     def test_options(self, make_model, options, message) -> None:

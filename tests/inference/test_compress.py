@@ -7,22 +7,30 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTImageProcessor,
+    pipeline,
 )
 
 from nt_transformers import NeuroTrailsViTConfig, NeuroTrailsViTForImageClassification
 from nt_transformers.inference import SparseLinear, compress, compressed_bytes, products
 from nt_transformers.inference.convert import convert
+from nt_transformers.inference.convert import main as convert_command
 from nt_transformers.inference.decoding import Decoder, GrowingLayer
 
 
@@ -240,6 +248,41 @@ def test_other_weights_in_place(make_model) -> None:
     assert_same_generation(generate(first), generate(second))
 
 
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_the_type_of_a_compressed_model_may_change(make_model, tmp_path, values) -> None:
+    """Weights stay as they are stored; norms, embeddings and activations are of the new type."""
+    compressed, dense = compress(make_model(), values), compress(make_model(), values).dequantize()
+    compressed.save_pretrained(tmp_path / "compressed")
+    dense.save_pretrained(tmp_path / "dense")
+    weight = compressed.lm_heads[1].values
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        loaded = [
+            AutoModelForCausalLM.from_pretrained(tmp_path / each, dtype=dtype) for each in ("compressed", "dense")
+        ]
+        converted = copy.deepcopy(compressed), copy.deepcopy(dense)
+        generate(converted[0])
+        for pair in (converted, loaded):
+            assert pair[0].to(dtype).dtype == pair[1].to(dtype).dtype == dtype
+            assert torch.equal(pair[0].lm_heads[1].values, weight)
+        # Of a logit, all of which are below 8; products are sums of float32.
+        step = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(dtype, 1e-4)
+        for found, expected in (converted, loaded):
+            with torch.no_grad():
+                torch.testing.assert_close(found(TOKENS).logits, expected(TOKENS).logits, rtol=0, atol=step)
+    assert torch.equal(generate(compressed.to("cpu")).sequences, generate(compressed).sequences)
+
+
+@pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
+def test_gradients_through_a_compiled_layer(make_model, values) -> None:
+    layer = compress(make_model(), values).lm_heads[0]
+    layer.prepare()
+    x = torch.randn(5, 64, requires_grad=True)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    found, x.grad = x.grad, None
+    layer.to_linear().float()(x).square().sum().backward()
+    torch.testing.assert_close(found, x.grad, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_torchs_default_type_is_not_that_of_the_kernels(make_model, dtype) -> None:
     compressed = compress(make_model(), "fp32")
@@ -313,8 +356,8 @@ def test_bytes(make_model) -> None:
     stored = sum(buffer.nbytes for layer in _layers(compressed) for buffer in layer.buffers())
     assert compressed_bytes(compressed) == stored
     shapes = [(layer.out_features, layer.in_features, layer.matrix.nonzeros) for layer in _layers(compressed)]
-    exact = sum(rows * (4 * -(-columns // 32) + 4) + nonzeros + 64 for rows, columns, nonzeros in shapes)
-    assert stored == exact, "a bit for each place, a byte for each weight, four for each row, and what is read ahead"
+    exact = sum(rows * (4 * -(-columns // 32) + 2) + nonzeros + 64 for rows, columns, nonzeros in shapes)
+    assert stored == exact, "a bit for each place, a byte for each weight, two for each row, and what is read ahead"
 
 
 def test_converting_checkpoints_there_and_back(make_model, tokenizer_dir, tmp_path) -> None:
@@ -328,6 +371,58 @@ def test_converting_checkpoints_there_and_back(make_model, tokenizer_dir, tmp_pa
     assert AutoTokenizer.from_pretrained(tmp_path / "small").vocab_size == 320
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "model")]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_converting_a_checkpoint_of_images_and_one_without_a_tokenizer(make_model, tmp_path, caplog) -> None:
+    config = NeuroTrailsViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        num_head_layers=1,
+    )
+    classifier = NeuroTrailsViTForImageClassification(config).eval()
+    classifier.save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    convert(str(tmp_path / "vit"), str(tmp_path / "small"), "fp32")
+    compressed = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compressed(images).logits, classifier(images).logits, rtol=1e-4, atol=1e-4)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "small").size == {"height": 32, "width": 32}
+    assert not caplog.records or "no tokenizer" not in caplog.text
+    make_model().save_pretrained(tmp_path / "model")
+    convert(str(tmp_path / "model"), str(tmp_path / "small_model"))
+    assert "no tokenizer or image processor was written" in caplog.text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small_model").lm_heads[0].values.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("option", [["--values", "fp32"], ["--keep_output_layers"]])
+def test_options_that_a_dense_checkpoint_has_no_use_for(monkeypatch, capsys, option) -> None:
+    monkeypatch.setattr("sys.argv", ["convert", "in", "out", "--dense", *option])
+    with pytest.raises(SystemExit):
+        convert_command()
+    assert "--dense keeps every weight as it is" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # lm-eval does, for every such model
+def test_pipeline_and_lm_eval_of_a_compressed_checkpoint(make_model, tokenizer_dir, tmp_path) -> None:
+    """The same text and the same likelihoods as of the dense one."""
+    make_model(vocab_size=320).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "model")
+    convert(str(tmp_path / "model"), str(tmp_path / "small"), "fp32")
+    texts, scores = [], []
+    for name in ("model", "small"):
+        generator = pipeline("text-generation", model=str(tmp_path / name), device="cpu")
+        options = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+        texts.append(generator("Once upon a time", generation_config=options)[0]["generated_text"])
+        model = HFLM(pretrained=str(tmp_path / name), device="cpu", batch_size=2)
+        requests = [Instance("loglikelihood", {}, pair, 0) for pair in (("Once", " upon a time"), ("", "A girl"))]
+        scores.append([log_likelihood for log_likelihood, _ in model.loglikelihood(requests, disable_tqdm=True)])
+    assert texts[0] == texts[1]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
 class TestMistakes:
@@ -348,14 +443,16 @@ class TestMistakes:
         with pytest.raises(ValueError, match=r"compressed already"):
             compress(compress(make_model()))
 
-    @pytest.mark.parametrize("values", ["bf16", "int8"])
-    def test_another_dtype_afterwards(self, make_model, values) -> None:
-        compressed = compress(make_model(), values)
-        with pytest.raises(ValueError, match=r"torch.float16 on cpu: compressed layers keep .*dequantize"):
-            compressed.to(torch.float16)
-        unchanged = compress(make_model(), values)
-        expected = generate(unchanged).sequences
-        assert torch.equal(generate(unchanged.to("cpu")).sequences, expected)
+    def test_another_device_afterwards(self, make_model) -> None:
+        with pytest.raises(ValueError, match=r"meta: compressed layers stay on the CPU; `dequantize\(\)`"):
+            compress(make_model()).to("meta")
+
+    def test_what_needs_dense_weights(self, make_model) -> None:
+        compressed = compress(make_model())
+        with pytest.raises(ValueError, match=r"compressed or quantized: go on with model.dequantize"):
+            compressed.extract_head(0)
+        with pytest.raises(ValueError, match=r"compressed or quantized: go on with model.dequantize"):
+            compressed.resize_token_embeddings(120)
 
     def test_another_device(self, make_model) -> None:
         with pytest.raises(ValueError, match=r"device meta"):
@@ -382,7 +479,8 @@ class TestMistakes:
             ("values", None),
             ("values", torch.tensor(1, dtype=torch.int8)),
             ("values", torch.zeros(700, dtype=torch.bfloat16)),
-            ("scales", torch.full((81,), torch.nan)),
+            ("scales", torch.full((81,), torch.nan, dtype=torch.bfloat16)),
+            ("scales", torch.ones(81)),
             (None, None),
         ],
     )

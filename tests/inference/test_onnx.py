@@ -106,7 +106,9 @@ class TestMistakes:
         with pytest.raises(ValueError, match=r"NeuroTrailsLlamaModel does not vote"):
             export_onnx(make_model().model, tmp_path / "model.onnx")
 
-    @pytest.mark.parametrize(("name", "size"), [("resnet", None), ("vit", 32)])
+    @pytest.mark.parametrize(
+        ("name", "size"), [("resnet", None), ("vit", 32), ("resnet", 0), ("resnet", -3), ("resnet", 16.5)]
+    )
     def test_image_size(self, tmp_path: Path, name: str, size: int | None) -> None:
         with pytest.raises(ValueError, match=r"image_size"):
             export_onnx(classifier(name), tmp_path / "model.onnx", image_size=size)

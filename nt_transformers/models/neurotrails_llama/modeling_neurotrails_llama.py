@@ -366,10 +366,11 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         """Stock LLaMA made of the backbone and head `m`; its weights are copies.
 
         Raises:
-            ValueError: there is no head `m`.
+            ValueError: there is no head `m`, or the model is compressed.
         """
         if not 0 <= m < len(self.lm_heads):
             raise ValueError(f"m={m}: this model has the heads 0 to {len(self.lm_heads) - 1}.")
+        self._check_not_quantized()
         with no_init_weights():
             dense = LlamaForCausalLM._from_config(
                 LlamaConfig(**_shared_fields(self.config)),
@@ -381,6 +382,10 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
         dense.to(self.device).load_state_dict(weights)
         dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)
+
+    def _check_not_quantized(self) -> None:
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError("the model is compressed or quantized: go on with model.dequantize().")
 
     def _locate(self, name: str) -> tuple[int | None, str]:
         """The head that a weight belongs to (None: the backbone), and the weight's name in stock LLaMA."""
@@ -443,6 +448,7 @@ class NeuroTrailsLlamaForCausalLM(NeuroTrailsLlamaPreTrainedModel, GenerationMix
     def _resize_token_embeddings(
         self, new_num_tokens: int | None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
+        self._check_not_quantized()
         embeddings = self.model._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         for module in self.lm_heads:
             lm_head = cast(nn.Linear, module)
