@@ -226,8 +226,8 @@ def _claim(folder: Path, labels: np.ndarray, clean: EvaluationBatches, kept: Seq
         assert image is not None
         digest.update(np.asarray(image).tobytes())
     origin = {"images": len(kept), "digest": digest.hexdigest()}
-    if folder.is_file():
-        raise ValueError(f"{str(folder)!r} is a file: name a folder for the corrupted images.")
+    if any(place.is_file() for place in (folder, *folder.parents)):
+        raise ValueError(f"{str(folder)!r} is a file, or in one: name a folder for the corrupted images.")
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
         # The origin comes first: a folder without labels is seen to be unfinished.

@@ -402,7 +402,11 @@ class _Location(NamedTuple):
 
     def meets(self, other: "_Location") -> bool:
         """Whether any images lie in both."""
-        return not {os.path.realpath(place) for place in self.places}.isdisjoint(map(os.path.realpath, other.places))
+        mine, others = (
+            {os.path.realpath(place) for place in (each.places[:1] if each.form == "idx" else each.places)}
+            for each in (self, other)
+        )
+        return not mine.isdisjoint(others)
 
 
 def _locate(source: str, split: str) -> _Location:
@@ -413,7 +417,7 @@ def _locate(source: str, split: str) -> _Location:
     if not path.is_dir():
         return _Location("table files", _table_files(path))
     if idx := _find_idx(path, split):
-        return _Location("idx", [str(file) for file in idx])
+        return _Location("idx", [str(file) for file in idx])  # images, labels
     if not _holds_tables(path):
         return _Location("class folders", [str(_class_folders(path, split))])
     if saved := _saved_tables(path, split):

@@ -103,12 +103,12 @@ class AdaptiveVoting:
     def __init__(self, model: NeuroTrailsLlamaForCausalLM, threshold: float, measure: Measure = "margin") -> None:
         _check_model(model)
         _check_measure(measure)
-        if not isinstance(threshold, int | float) or math.isnan(threshold):
+        if isinstance(threshold, str) or math.isnan(threshold):
             raise ValueError(
                 f"threshold={threshold!r}: give a certainty, 0 to never ask the other heads, 2 to always."
             )
         self.model, self.config = model, model.config
-        self.threshold, self.measure = threshold, measure
+        self.threshold, self.measure = float(threshold), measure
         self.predictions = self.consultations = 0
 
     @property
@@ -261,6 +261,9 @@ class AdaptiveScores:
             labels = batch["labels"].to(model.device)
             hidden_MBSH = model.model(**inputs, use_cache=False).head_hidden_states[:, :, :-1]
             predicted = labels[:, 1:] != -100
+            if "attention_mask" in inputs:
+                # What padding predicts means nothing.
+                predicted &= inputs["attention_mask"][:, :-1].bool()
             hidden_MNH, targets_N = hidden_MBSH[:, predicted], labels[:, 1:][predicted]
             size = max(CHUNK_TOKENS // len(lm_heads), 1)
             for hidden_MTH, targets_T in zip(hidden_MNH.split(size, 1), targets_N.split(size), strict=True):

@@ -57,6 +57,11 @@ class SparseWeightsQuantizer(HfQuantizer):
         if not devices <= {None, "cpu", "auto", torch.device("cpu")}:
             raise ValueError(f"device_map={device_map!r}: compressed models run on the CPU; leave device_map out.")
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # Weights stay what they are stored as, whatever type the model asks for.
+        stored = any(name.rpartition(".")[2] in PARTS for name in converter.target_patterns)
+        return None if stored else super().get_new_dtype(converter, param, dtype)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         stored = _stored_tensors(kwargs["checkpoint_files"])
         dtype = DTYPES[self.quantization_config.values]

@@ -19,6 +19,7 @@ from transformers import (
     AutoProcessor,
     PreTrainedModel,
 )
+from transformers.utils import cached_file
 
 import nt_transformers  # noqa: F401  (registers the models)
 
@@ -27,6 +28,8 @@ from .matrix import Values
 
 
 logger = logging.getLogger(__name__)
+
+PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 
 
 def load_checkpoint(source: str, **kwargs: Any) -> PreTrainedModel:
@@ -51,6 +54,7 @@ def convert(
         raise ValueError(f"target={target!r}: it exists and is no empty folder; name another one.")
     try:
         model = load_checkpoint(source)
+        processor = _load_processor(source)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"source={source!r} cannot be loaded: {error}") from error
     if not dense:
@@ -60,16 +64,20 @@ def convert(
     else:
         model = model.dequantize()
     model.save_pretrained(target)
-    _copy_processor(source, target)
-
-
-def _copy_processor(source: str, target: str) -> None:
-    try:
-        processor: Any = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        logger.warning("no tokenizer or image processor was written: %s", error)
-    else:
+    if processor is not None:
         processor.save_pretrained(target)
+
+
+def _load_processor(source: str) -> Any:
+    """The tokenizer or image processor of a checkpoint; None, which is logged, where it has none."""
+    found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES)
+    if not any(found):
+        logger.warning("source=%r has no tokenizer or image processor, so none is written.", source)
+        return None
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except Exception as error:  # of any type, where one of the files is damaged
+        raise ValueError(f"source={source!r}: its tokenizer or image processor cannot be loaded: {error}") from error
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..models.neurotrails_llama import NeuroTrailsLlamaForCausalLM
 from ..models.neurotrails_llama.modeling_neurotrails_llama import NeuroTrailsModelOutputWithPast
 from . import native, products
-from .linear import SparseLinear
+from .linear import SparseLinear, check_stays_on_cpu
 
 
 # What the kernels take without tiles: tokens of all texts together.
@@ -147,14 +147,18 @@ class Decoder:
         self._usual_forward = self.model.forward
         # Assisted generation by early exit lowers the number in the configuration for a while.
         self._depth = self.model.config.num_hidden_layers
-        self._plans: dict[tuple[bool, tuple[int, ...], torch.dtype], _Plan] = {}
+        self._plans: dict[tuple[bool, tuple[int, ...]], _Plan] = {}
         # What the plans point to.
         self._memory: list[Any] = []
-        self._quicker: dict[tuple[bool, tuple[int, ...], int, int, torch.dtype], bool] = {}
+        self._quicker: dict[tuple[bool, tuple[int, ...], int, int], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes plans of its own weights.
         return self.__dict__ | {"_plans": {}, "_memory": [], "_quicker": {}}
+
+    def forget(self) -> None:
+        """Has plans made anew, of weights that have changed."""
+        self.__dict__ |= self.__getstate__()
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -181,6 +185,7 @@ class Decoder:
         if cls.supports(model):
             decoder = cls(cast(NeuroTrailsLlamaForCausalLM, model))
             decoder.model.forward = decoder.forward
+            cast(Any, decoder.model)._apply = decoder.apply_to_weights
             decoder.model.register_load_state_dict_post_hook(_forget_plans)
 
     @classmethod
@@ -188,12 +193,19 @@ class Decoder:
         """Undoes `install`."""
         if isinstance(model, NeuroTrailsLlamaForCausalLM) and cls.of(model) is not None:
             del cast(Any, model.model).forward
+            del cast(Any, model.model)._apply
 
     @staticmethod
     def of(model: NeuroTrailsLlamaForCausalLM) -> Decoder | None:
         """The decoder that is installed in a model."""
         owner = getattr(model.model.forward, "__self__", None)
         return owner if isinstance(owner, Decoder) else None
+
+    def apply_to_weights(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """As `nn.Module._apply`, which `.to()` and its like go through."""
+        check_stays_on_cpu(fn)
+        self.forget()
+        return type(self.model)._apply(self.model, fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `NeuroTrailsLlamaModel.forward`."""
@@ -291,7 +303,7 @@ class Decoder:
         """Whether the kernels multiply so many tokens in all of these layers at least as quickly as torch."""
         if self.model.dtype not in native.ACTIVATIONS:
             return False
-        key = backbone, tuple(heads), tokens, torch.get_num_threads(), self.model.dtype
+        key = backbone, tuple(heads), tokens, torch.get_num_threads()
         if key not in self._quicker:
             layers = (layer for module in self._modules(backbone, heads) for layer in module.modules())
             self._quicker[key] = tokens > 0 and not any(
@@ -354,7 +366,9 @@ class Decoder:
         return out.to(self.model.dtype)
 
     def _plan(self, backbone: bool, heads: Sequence[int]) -> _Plan:
-        key = backbone, tuple(heads), self.model.dtype
+        key = backbone, tuple(heads)
+        if any(isinstance(part, native.KernelMatrix) and part.moved for part in self._memory):
+            self.forget()
         if key not in self._plans:
             self._plans[key] = self._build_plan(backbone, heads)
         return self._plans[key]
@@ -401,7 +415,7 @@ class Decoder:
 
     def _pointer(self, weight: torch.Tensor) -> int:
         """Where a float32 copy of the weight is."""
-        self._memory.append(weight.detach().float().contiguous())
+        self._memory.append(weight.detach().to(torch.float32, copy=True).contiguous())
         return int(self._memory[-1].data_ptr())
 
 
@@ -409,7 +423,7 @@ def _forget_plans(model: Any, _: Any) -> None:
     """Plans hold copies of the norms and where the rows of the weights begin."""
     owner = getattr(model.forward, "__self__", None)
     if isinstance(owner, Decoder):
-        owner.__dict__ |= owner.__getstate__()
+        owner.forget()
 
 
 def _decoder_layers(model: Any, heads: Any) -> list[nn.Module]:

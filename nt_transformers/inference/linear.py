@@ -66,11 +66,7 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # What `.to()`, `.half()` and their like go through; the kernels point to the weight as it is.
-        device = fn(self.values.new_empty(0)).device
-        if device != self.values.device:
-            raise ValueError(
-                f"{device}: compressed layers stay on the CPU; `dequantize()` the model before moving it."
-            )
+        check_stays_on_cpu(fn)
         before, stored = self._addresses(), {name: self._buffers[name] for name in PARTS}
         super()._apply(fn, recurse)
         for name, part in stored.items():
@@ -96,7 +92,7 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: the parts of the weight do not belong together: the file was damaged.
         """
-        if self._prepared:
+        if self._prepared and not (self._kernel and self._kernel.moved):
             return
         if native.available():
             self._kernel = native.KernelMatrix(self.matrix)
@@ -131,6 +127,13 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzeros={self.matrix.nonzeros}"
+
+
+def check_stays_on_cpu(fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Raises `ValueError` if `fn`, what `nn.Module._apply` takes, moves tensors to another device."""
+    device = fn(torch.empty(0, dtype=torch.uint8)).device
+    if device.type != "cpu":
+        raise ValueError(f"{device}: compressed layers stay on the CPU; `dequantize()` the model before moving it.")
 
 
 def _has_data(x: torch.Tensor) -> bool:

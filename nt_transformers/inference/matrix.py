@@ -59,7 +59,7 @@ class SparseMatrix:
         if values == "int8":
             steps = weight.float().abs().amax(1) / 127
             scales = steps.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
-            # At most 127.25, however the step was rounded.
+            # Below 127.5, however the step was rounded.
             converted = (weight.float() / scales[:, None]).round().to(torch.int8)
         else:
             converted = weight.to(DTYPES[values])
@@ -123,6 +123,8 @@ class SparseMatrix:
             raise ValueError(f"values: there are {self.nonzeros} of {expected} weights")
         if (self.scales is None) == (self.values.dtype == torch.int8):
             raise ValueError("scales: int8 values have one a row, others have none")
+        if self.scales is not None and self.scales.dtype == torch.float32:
+            raise ValueError("scales: of an earlier version, in float32; compress the original model again")
         if self.scales is not None and (self.scales.shape != self.shape[:1] or self.scales.dtype != torch.bfloat16):
             raise ValueError(f"scales: {self.scales.dtype} {list(self.scales.shape)}, not bfloat16 [{self.shape[0]}]")
         if self.scales is not None and not self.scales.isfinite().all():

@@ -79,6 +79,11 @@ class KernelMatrix:
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, _TYPES[matrix.values.dtype])
 
+    @property
+    def moved(self) -> bool:
+        """Whether the values lie elsewhere by now, as after sharing them with another process."""
+        return self._matrix.values.data_ptr() != self.structure.values
+
     def _build_index(self, counts: torch.Tensor) -> torch.Tensor:
         """What `index` is, from the number of values in each row."""
         bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))

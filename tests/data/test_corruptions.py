@@ -121,8 +121,9 @@ def test_a_damaged_record_counts_as_of_others_and_a_file_is_no_folder(image_fold
     with pytest.raises(ValueError, match="name another folder"):
         write_corrupted(images, config, tmp_path / "made", ["fog"])
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file' is a file: name a folder"):
-        write_corrupted(images, config, tmp_path / "file", ["fog"])
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(ValueError, match=r"is a file, or in one: name a folder"):
+            write_corrupted(images, config, folder, ["fog"])
 
 
 def test_an_interruption_leaves_no_file_that_looks_whole(

@@ -2,6 +2,7 @@
 """A compressed model predicts, generates, saves and loads as the model it was made of."""
 
 import copy
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,35 @@ def test_the_type_of_a_compressed_model_may_change(make_model, tmp_path, values)
     assert torch.equal(generate(compressed.to("cpu")).sequences, generate(compressed).sequences)
 
 
+@pytest.mark.usefixtures("kernels_multiply")
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to(torch.bfloat16).to(torch.float32),
+        lambda model: model.share_memory(),
+        lambda model: ForkingPickler.dumps(model.state_dict()),
+    ],
+    ids=["another type", "there and back", "shared memory", "sent to a process"],
+)
+def test_the_kernels_follow_weights_that_move(make_model, values, change) -> None:
+    """As a copy does, whose kernels are made anew."""
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    compressed = compress(model, values)
+    with torch.no_grad():
+        compressed(TOKENS)
+        change(compressed)
+        others = [torch.full_like(part, 99) for part in compressed.state_dict().values()]  # in what was freed
+        assert torch.equal(compressed(TOKENS).logits, copy.deepcopy(compressed)(TOKENS).logits)
+        x = torch.ones(1, 64, dtype=compressed.dtype)
+        assert torch.equal(compressed.lm_heads[0](x), copy.deepcopy(compressed.lm_heads[0])(x))
+    del others
+
+
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
 def test_gradients_through_a_compiled_layer(make_model, values) -> None:
     layer = compress(make_model(), values).lm_heads[0]
@@ -395,7 +425,7 @@ def test_converting_a_checkpoint_of_images_and_one_without_a_tokenizer(make_mode
     assert not caplog.records or "no tokenizer" not in caplog.text
     make_model().save_pretrained(tmp_path / "model")
     convert(str(tmp_path / "model"), str(tmp_path / "small_model"))
-    assert "no tokenizer or image processor was written" in caplog.text
+    assert "has no tokenizer or image processor, so none is written" in caplog.text
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small_model").lm_heads[0].values.dtype == torch.bfloat16
 
 
@@ -444,8 +474,10 @@ class TestMistakes:
             compress(compress(make_model()))
 
     def test_another_device_afterwards(self, make_model) -> None:
+        compressed = compress(make_model())
         with pytest.raises(ValueError, match=r"meta: compressed layers stay on the CPU; `dequantize\(\)`"):
-            compress(make_model()).to("meta")
+            compressed.to("meta")
+        assert {part.device.type for part in compressed.state_dict().values()} == {"cpu"}
 
     def test_what_needs_dense_weights(self, make_model) -> None:
         compressed = compress(make_model())
@@ -519,6 +551,15 @@ class TestMistakes:
         for target in (tmp_path, tmp_path / "file"):
             with pytest.raises(ValueError, match=r"it exists and is no empty folder"):
                 convert("anything", str(target))
+
+    def test_converting_with_a_damaged_tokenizer(self, make_model, tokenizer_dir, tmp_path: Path) -> None:
+        make_model(vocab_size=320).save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "model")
+        path = tmp_path / "model" / "tokenizer.json"
+        path.write_text(path.read_text()[:200])
+        with pytest.raises(ValueError, match=r"source=.*its tokenizer or image processor cannot be loaded"):
+            convert(str(tmp_path / "model"), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
 
     def test_converting_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"source='.*nothing' cannot be loaded"):

@@ -65,6 +65,9 @@ def test_products_equal_those_of_the_dense_matrix(values: Values) -> None:
                 matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values, sparse=sparse)
                 kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
                 assert torch.equal(kernel.to_dense(), matrix.to_dense().float())
+                if values == "int8":
+                    unscaled = kernel.unscaled(torch.float32).sum(1)
+                    assert torch.equal(kernel.index[1, :-1].float(), unscaled), "read with AVX-512 only"
                 for tokens in (0, 1, 2, 3, 17, 33, 130):
                     x = random_tokens(tokens, columns)
                     expected = (x.double() @ dense.T).float()
