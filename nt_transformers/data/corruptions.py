@@ -195,9 +195,11 @@ def write_corrupted(
         num_workers: Processes that work at the same time.
 
     Raises:
-        ValueError: a corruption does not exist, an image is damaged and not to be skipped, or the folder holds
-            corruptions of other images.
+        ValueError: a corruption does not exist, an image is damaged and not to be skipped, or the folder is a
+            file or holds corruptions of other images.
     """
+    if any(place.is_file() for place in (folder, *folder.parents)):
+        raise ValueError(f"{str(folder)!r} is a file, or in one: name a folder for the corrupted images.")
     made = {name: [Corruption(name, severity) for severity in SEVERITIES] for name in corruptions}
     clean = EvaluationBatches(images, config, batch_size=1)
     kept = [index for index in range(len(images)) if not config.skip_damaged_images or clean.prepared(index)]
@@ -226,8 +228,6 @@ def _claim(folder: Path, labels: np.ndarray, clean: EvaluationBatches, kept: Seq
         assert image is not None
         digest.update(np.asarray(image).tobytes())
     origin = {"images": len(kept), "digest": digest.hexdigest()}
-    if any(place.is_file() for place in (folder, *folder.parents)):
-        raise ValueError(f"{str(folder)!r} is a file, or in one: name a folder for the corrupted images.")
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
         # The origin comes first: a folder without labels is seen to be unfinished.

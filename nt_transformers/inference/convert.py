@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 
 
-def load_checkpoint(source: str, **kwargs: Any) -> PreTrainedModel:
-    """The language model or image classifier of a checkpoint (folder or hub id); arguments as of `from_pretrained`."""
+def load_checkpoint(source: str) -> PreTrainedModel:
+    """The language model or image classifier of a checkpoint (folder or hub id)."""
     is_classifier = type(AutoConfig.from_pretrained(source)) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     loader: Any = AutoModelForImageClassification if is_classifier else AutoModelForCausalLM
-    model: PreTrainedModel = loader.from_pretrained(source, **kwargs)
+    model: PreTrainedModel = loader.from_pretrained(source)
     return model
 
 
