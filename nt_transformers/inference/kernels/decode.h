@@ -41,21 +41,19 @@ struct NtTokens {
 
 namespace {
 
-inline float total(Lanes lanes) {
-  typedef float Half __attribute__((vector_size(32)));
-  typedef float Quarter __attribute__((vector_size(16)));
-  Half halves[2];
-  std::memcpy(halves, &lanes, sizeof lanes);
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof half);
-  const Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+template <int N> float total(typename Vector<float, N>::Type lanes) {
+  if constexpr (N == 4) {
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  } else {
+    typename Vector<float, N / 2>::Type halves[2];
+    std::memcpy(halves, &lanes, sizeof lanes);
+    return total<N / 2>(halves[0] + halves[1]);
+  }
 }
 
 // e^x to within 2 ulp for x from -87 to 88, and the nearer of the two ends beyond.
 inline Lanes exponential(Lanes x) {
-  typedef int32_t Ints __attribute__((vector_size(64)));
+  using Ints = Vector<int32_t, kLanes>::Type;
   x = x < -87.0f ? Lanes{} - 87.0f : x;
   x = x > 88.0f ? Lanes{} + 88.0f : x;
   // x = n ln 2 + r; adding 1.5 * 2^23 rounds to a whole number.
@@ -72,7 +70,7 @@ void normalize(const float* x, const float* weight, int64_t size, float epsilon,
   const int64_t whole = size / kLanes * kLanes;
   Lanes squares = {};
   for (int64_t i = 0; i < whole; i += kLanes) squares += load_lanes(x + i) * load_lanes(x + i);
-  float square = total(squares);
+  float square = total<kLanes>(squares);
   for (int64_t i = whole; i < size; ++i) square += x[i] * x[i];
   const float scale = 1 / std::sqrt(square / size + epsilon);
   for (int64_t i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
@@ -87,7 +85,7 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t size
   }
 }
 
-// 16 * Registers numbers of the weighted mean of `values` [length, size].
+// kLanes * Registers numbers of the weighted mean of `values` [length, size].
 template <typename C, int Registers>
 void mix(const float* weights, const C* values, int64_t length, int64_t size, float weight, float* out) {
   Lanes sums[Registers] = {};
@@ -96,7 +94,7 @@ void mix(const float* weights, const C* values, int64_t length, int64_t size, fl
   for (int r = 0; r < Registers; ++r) *reinterpret_cast<Lanes*>(out + r * kLanes) = sums[r] / weight;
 }
 
-// Softmax attention of one query over `length` keys and values [length, size]; `scores` has room for 16 more.
+// Softmax attention of one query over `length` keys and values [length, size]; `scores` has room for kLanes more.
 template <typename C>
 void attend(const float* query, const C* keys, const C* values, int64_t length, int64_t size, float scaling,
             float* scores, float* out) {
@@ -104,7 +102,7 @@ void attend(const float* query, const C* keys, const C* values, int64_t length, 
   for (int64_t t = 0; t < length; ++t) {
     Lanes sum = {};
     for (int64_t i = 0; i < size; i += kLanes) sum += load_lanes(query + i) * load_lanes(keys + t * size + i);
-    scores[t] = total(sum) * scaling;
+    scores[t] = total<kLanes>(sum) * scaling;
     highest = std::max(highest, scores[t]);
   }
   std::fill(scores + length, scores + round_up(length, kLanes), -INFINITY);
@@ -113,7 +111,7 @@ void attend(const float* query, const C* keys, const C* values, int64_t length, 
     Lanes& part = *reinterpret_cast<Lanes*>(scores + t);
     weights += part = exponential(part - highest);
   }
-  const float weight = total(weights);
+  const float weight = total<kLanes>(weights);
   constexpr int registers = 4;
   int64_t i = 0;
   for (; i + registers * kLanes <= size; i += registers * kLanes)

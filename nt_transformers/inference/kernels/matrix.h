@@ -104,13 +104,22 @@ inline void store(float value, BFloat16* to) { *to = to_bfloat16(value); }
 inline void copy(BFloat16 value, BFloat16* to) { *to = value; }
 template <typename V> void copy(V value, float* to) { *to = to_float(value); }
 
-// Sixteen float32, in one register or several.
-typedef float Lanes __attribute__((vector_size(64), may_alias));
-constexpr int64_t kLanes = 16;
+// The float32s of one register: GCC keeps vectors of several in memory.
+#if NT_AVX512
+constexpr int kLanes = 16;
+#elif NT_AVX2
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+template <typename T, int N> struct Vector {
+  typedef T Type __attribute__((vector_size(N * sizeof(T)), may_alias));
+};
+using Lanes = Vector<float, kLanes>::Type;
 inline Lanes load_lanes(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
 inline Lanes load_lanes(const BFloat16* from) {
-  typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+  using Words = Vector<uint32_t, kLanes>::Type;
   return reinterpret_cast<Lanes>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
 }
 inline void store_lanes(Lanes lanes, float* to) { *reinterpret_cast<Lanes*>(to) = lanes; }

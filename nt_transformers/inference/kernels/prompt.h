@@ -314,9 +314,10 @@ template <int Width, typename P> class Prompt {
     std::memset(to + count * p_.head_size, 0, sizeof(float) * (round_up(count, 4) - count) * p_.head_size);
   }
 
-  // Scores [count, 16 of Width] to weights: lane n sees those up to `n - ahead`. Rescales what has been mixed so far.
+  // Scores [count, kLanes of Width] to weights: lane n sees those up to `n - ahead`. Rescales what has been mixed so far.
   void weigh(float* scores, int64_t count, int64_t ahead, Lanes& highest, Lanes& sum, float* mixed) const {
-    const Lanes lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Lanes lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(i);
     const Lanes before = highest;
     for (int64_t t = 0; t < count; ++t) {
       Lanes& score = *reinterpret_cast<Lanes*>(scores + t * Width);

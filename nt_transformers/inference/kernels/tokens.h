@@ -106,15 +106,15 @@ inline __attribute__((always_inline)) void accumulate(const float* values, const
                                                       const float* x, float* y) {
   constexpr int registers = Width / kLanes;
   Lanes sums[registers];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int r = 0; r < registers; ++r) sums[r] = load_lanes(y + r * kLanes);
   for (int64_t i = 0; i < count; ++i) {
     const float* row = x + columns[i] * Width;
     const float value = values[i];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int r = 0; r < registers; ++r) sums[r] += value * load_lanes(row + r * kLanes);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int r = 0; r < registers; ++r) store_lanes(sums[r], y + r * kLanes);
 }
 
