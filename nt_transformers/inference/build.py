@@ -12,8 +12,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-O3", "-std=c++17", "-Wno-psabi", "-fPIC", "-shared", "-fopenmp")
-_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vbmi2", "-mavx512vnni")
-_AVX512_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni"}
+_AVX512_FLAGS = ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni")
+_AVX512_FEATURES = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vbmi2", "avx512_vnni"}
 # The flags that each instruction set needs, and the processor features that it asks for, the best first.
 InstructionSets = dict[str, tuple[tuple[str, ...], set[str]]]
 X86: InstructionSets = {

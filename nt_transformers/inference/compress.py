@@ -30,12 +30,19 @@ class SparseWeightsConfig(QuantizationConfigMixin):
 
     Args:
         values: Type of the stored values: `bf16`, `fp16`, `fp32` or `int8` (with a scale for each row).
+        fast_decoding: See `compress`.
+
+    Raises:
+        ValueError: an argument that is none of these.
     """
 
-    def __init__(self, values: Values = "bf16", **_: Any) -> None:
+    def __init__(self, values: Values = "bf16", fast_decoding: bool = True, **_: Any) -> None:
         check_values(values)
+        if not isinstance(fast_decoding, bool):
+            raise ValueError(f"fast_decoding={fast_decoding!r}: choose true or false.")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.values = values
+        self.fast_decoding = fast_decoding
 
 
 @register_quantizer(METHOD)
@@ -71,7 +78,8 @@ class SparseWeightsQuantizer(HfQuantizer):
             if (values := parts["values"]) is not None:
                 matrix = SparseMatrix(linear.in_features, parts["bitmap"], values, parts["scales"])
                 _check_parts(name, linear, matrix, dtype)
-                model.set_submodule(name, SparseLinear(matrix, linear.bias))
+                fast = self.quantization_config.fast_decoding
+                model.set_submodule(name, SparseLinear(matrix, linear.bias, fast_decoding=fast))
             # Output layers may be tied, or new on a base model.
             elif parts["weight"] is None and (id(linear) not in outputs or any(p is not None for p in parts.values())):
                 raise ValueError(f"{name}: it has no weight; the checkpoint is damaged, or of another model.")
@@ -94,7 +102,9 @@ class SparseWeightsQuantizer(HfQuantizer):
         return model
 
 
-def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: bool = True) -> PreTrainedModel:
+def compress(
+    model: PreTrainedModel, values: Values = "bf16", *, output_layers: bool = True, fast_decoding: bool = True
+) -> PreTrainedModel:
     """Replaces the linear layers of a model, in place, by sparse ones for inference on the CPU.
 
     Weights that are zero are neither stored nor read any more. `generate`, `pipeline`, `save_pretrained` and lm-eval
@@ -105,12 +115,15 @@ def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: 
         values: Type of the stored weights.
         output_layers: Whether output layers are compressed as well. Those that share their weight with the embedding
             never are.
+        fast_decoding: Whether bfloat16 models keep their weights a second time, from the first token that is decoded
+            on, in an arrangement by which one token is multiplied more quickly, where it measures so: 1.3 times the
+            bytes of the compressed weights at a density of 0.2.
 
     Raises:
-        ValueError: unknown `values`, a model that is not on the CPU, has no linear layers or is quantized already, or
-            a weight that is not finite in the type.
+        ValueError: unknown `values` or `fast_decoding`, a model that is not on the CPU, has no linear layers or is
+            quantized already, or a weight that is not finite in the type.
     """
-    check_values(values)
+    config = SparseWeightsConfig(values, fast_decoding)
     if model.device.type != "cpu":
         raise ValueError(f"device {model.device}: compressed models run on the CPU; move the model there before.")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -124,12 +137,14 @@ def compress(model: PreTrainedModel, values: Values = "bf16", *, output_layers: 
     ]
     if not layers:
         raise ValueError(f"model_type={model.config.model_type!r}: it has no linear layers that could be compressed.")
-    compressed = [(name, SparseLinear.from_linear(linear, values)) for name, linear in layers]
+    compressed = [
+        (name, SparseLinear.from_linear(linear, values, fast_decoding=fast_decoding)) for name, linear in layers
+    ]
     for name, layer in compressed:
         model.set_submodule(name, layer.train(model.training))
     if all(layer.bitmap is None for _, layer in compressed):
         logger.warning("hardly a weight of the model is zero: compressing only stores them as %s.", values)
-    _mark_as_compressed(model, SparseWeightsQuantizer(SparseWeightsConfig(values)))
+    _mark_as_compressed(model, SparseWeightsQuantizer(config))
     for _, layer in compressed:
         layer.prepare()
     Decoder.install(model)

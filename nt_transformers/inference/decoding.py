@@ -147,7 +147,7 @@ class Decoder:
         self._usual_forward = self.model.forward
         # Assisted generation by early exit lowers the number in the configuration for a while.
         self._depth = self.model.config.num_hidden_layers
-        self._plans: dict[tuple[bool, tuple[int, ...]], _Plan] = {}
+        self._plans: dict[tuple[bool, tuple[int, ...], bool], _Plan] = {}
         # What the plans point to.
         self._memory: list[Any] = []
         self._quicker: dict[tuple[bool, tuple[int, ...], int, int], bool] = {}
@@ -307,7 +307,7 @@ class Decoder:
         if key not in self._quicker:
             layers = (layer for module in self._modules(backbone, heads) for layer in module.modules())
             self._quicker[key] = tokens > 0 and not any(
-                products.quicker_dense(layer.kernel, tokens, self.model.dtype)
+                products.quicker_dense(layer.kernel, tokens, self.model.dtype) is not None
                 for layer in layers
                 if isinstance(layer, SparseLinear)
             )
@@ -336,7 +336,7 @@ class Decoder:
         stems = stems.float().contiguous()
         batch, length = stems.shape[-3:-1]
         cosine, sine = (part.expand(batch, length, -1).float().contiguous() for part in rotary)
-        plan = self._plan(backbone, heads)
+        plan = self._plan(backbone, heads, batch * length <= products.FEW_TOKENS)
         out = torch.empty(plan.heads, batch, length, plan.hidden, dtype=torch.float32)
         layers = cached.layers
         for layer in layers:
@@ -365,17 +365,21 @@ class Decoder:
             layer.extend(cached.filled + length)
         return out.to(self.model.dtype)
 
-    def _plan(self, backbone: bool, heads: Sequence[int]) -> _Plan:
-        key = backbone, tuple(heads)
+    def _plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Plan:
+        """The plan of these layers, for one or two tokens or for more."""
+        key = backbone, tuple(heads), few
         if any(isinstance(part, native.KernelMatrix) and part.moved for part in self._memory):
             self.forget()
         if key not in self._plans:
-            self._plans[key] = self._build_plan(backbone, heads)
+            self._plans[key] = self._build_plan(backbone, heads, few)
         return self._plans[key]
 
-    def _build_plan(self, backbone: bool, heads: Sequence[int]) -> _Plan:
+    def _build_plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Plan:
         config = self.model.config
-        layers = self._describe_all(self._modules(backbone, heads))
+        modules = self._modules(backbone, heads)
+        if few:
+            self._slice(modules)
+        layers = self._describe_all(modules)
         # A backbone by itself is one stream without a final norm.
         norms: list[int | None] = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
         norms = norms or [None]
@@ -395,20 +399,28 @@ class Decoder:
             self.model.dtype == torch.bfloat16,
         )
 
+    def _slice(self, layers: list[Any]) -> None:
+        """Keeps slices of what multiplies the same input, where they are quicker for all of it."""
+        matrices = [_matrices(layer) for layer in layers]
+        for names in _SAME_INPUT:
+            group = [each[name] for each in matrices for name in names]
+            if all(products.quicker_sliced(matrix, self.model.dtype) for matrix in group):
+                for matrix in group:
+                    matrix.slice()
+
     def _describe_all(self, layers: list[Any]) -> list[_Layer]:
-        """The layers; what multiplies the same input goes by the columns of its values in all of them or in none."""
+        """The layers; what multiplies the same input goes by columns or by slices in all of them or in none."""
         described = [self._describe(layer) for layer in layers]
-        for names in (("query", "key", "value"), ("output",), ("gate", "up"), ("down",)):
+        for names in _SAME_INPUT:
             matrices = [getattr(layer, name) for layer in described for name in names]
-            if not all(matrix.places for matrix in matrices):
-                for matrix in matrices:
-                    matrix.places = None
+            for way in ("places", "slices"):
+                if not all(getattr(matrix, way) for matrix in matrices):
+                    for matrix in matrices:
+                        setattr(matrix, way, None)
         return described
 
     def _describe(self, layer: Any) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        modules = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        matrices = [module.kernel for module in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        matrices = _matrices(layer).values()
         self._memory += matrices
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         return _Layer(*(matrix.structure for matrix in matrices), *(self._pointer(norm.weight) for norm in norms))
@@ -417,6 +429,25 @@ class Decoder:
         """Where a float32 copy of the weight is."""
         self._memory.append(weight.detach().to(torch.float32, copy=True).contiguous())
         return int(self._memory[-1].data_ptr())
+
+
+# The matrices of a layer that multiply the same input.
+_SAME_INPUT = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",))
+
+
+def _matrices(layer: Any) -> dict[str, native.KernelMatrix]:
+    """Those of a decoder layer, in the order of `_Layer`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = {
+        "query": attention.q_proj,
+        "key": attention.k_proj,
+        "value": attention.v_proj,
+        "output": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down": mlp.down_proj,
+    }
+    return {name: module.kernel for name, module in modules.items()}
 
 
 def _forget_plans(model: Any, _: Any) -> None:

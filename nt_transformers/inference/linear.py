@@ -28,6 +28,7 @@ class SparseLinear(nn.Module):
     Args:
         matrix: The weight, [out_features, in_features].
         bias: [out_features] or None.
+        fast_decoding: See `compress`.
     """
 
     bitmap: torch.Tensor | None
@@ -35,8 +36,9 @@ class SparseLinear(nn.Module):
     scales: torch.Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, matrix: SparseMatrix, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, matrix: SparseMatrix, bias: nn.Parameter | None = None, *, fast_decoding: bool = True) -> None:
         super().__init__()
+        self.fast_decoding = fast_decoding
         self.out_features, self.in_features = matrix.shape
         self.register_buffer("bitmap", matrix.bitmap)
         self.register_buffer("values", matrix.values)
@@ -46,11 +48,12 @@ class SparseLinear(nn.Module):
         self._prepared = False
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, values: Values) -> Self:
+    def from_linear(cls, linear: nn.Linear, values: Values, *, fast_decoding: bool = True) -> Self:
         """The layer with the same weights in the type `values`; errors as for `SparseMatrix.from_dense`."""
         sparse = SparseMatrix.from_dense(linear.weight, values)
         dense = SparseMatrix.from_dense(linear.weight, values, sparse=False)
-        return cls(min(sparse, dense, key=lambda matrix: matrix.nbytes), linear.bias)
+        smaller = min(sparse, dense, key=lambda matrix: matrix.nbytes)
+        return cls(smaller, linear.bias, fast_decoding=fast_decoding)
 
     @property
     def matrix(self) -> SparseMatrix:
@@ -95,7 +98,7 @@ class SparseLinear(nn.Module):
         if self._prepared and not (self._kernel and self._kernel.moved):
             return
         if native.available():
-            self._kernel = native.KernelMatrix(self.matrix)
+            self._kernel = native.KernelMatrix(self.matrix, may_slice=self.fast_decoding)
         else:
             self.matrix.check()
         self._prepared = True

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Where wheels hold kernels that were compiled beforehand.
 PREBUILT = Path(__file__).with_name("prebuilt")
+# The fewest rows that are sliced together.
+_CHUNK = 16
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 # The types that activations and key-value caches may have.
 ACTIVATIONS = {torch.bfloat16: 0, torch.float32: 2}
@@ -37,6 +40,9 @@ class Matrix(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("places", ctypes.c_void_p),
+        ("slices", ctypes.c_void_p),
+        ("slice_starts", ctypes.c_void_p),
+        ("slice_chunks", ctypes.c_int64),
         ("type", ctypes.c_int32),
     )
 
@@ -58,13 +64,17 @@ class KernelMatrix:
         matrix: The matrix.
         index: int64 [1, rows + 1], where in the values each row begins and the last one ends, and for int8
             [2, rows + 1], also the sum of each row's values; computed unless given.
+        may_slice: Whether the weights may be kept a second time, as slices.
 
     Raises:
         ValueError: the parts of the matrix do not belong together (checked unless `index` is given).
     """
 
-    def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None) -> None:
+    def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None, *, may_slice: bool = True) -> None:
         self._matrix = matrix
+        self._slices: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Those of other types are multiplied with float32 activations, which are not looked up.
+        self.may_slice = may_slice and matrix.bitmap is not None and self.fits_bfloat16
         self._values = matrix.values.contiguous()
         self._places = None
         self._kernels = kernels()
@@ -78,7 +88,7 @@ class KernelMatrix:
         sums = index[1] if len(index) > 1 else None
         self._memory = (bitmap, self._values, index[0], scales, sums, self._places)
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
-        self.structure = Matrix(*matrix.shape, *pointers, _TYPES[matrix.values.dtype])
+        self.structure = Matrix(*matrix.shape, *pointers, None, None, 0, _TYPES[matrix.values.dtype])
 
     @property
     def moved(self) -> bool:
@@ -94,9 +104,40 @@ class KernelMatrix:
         self._kernels.nt_sum_rows(self._values.data_ptr(), bounds.data_ptr(), len(counts), index[1].data_ptr())
         return index
 
-    def __reduce__(self) -> tuple[type[KernelMatrix], tuple[SparseMatrix]]:
+    def __reduce__(self) -> tuple[Callable[..., KernelMatrix], tuple[SparseMatrix]]:
         # Copies point to memory of their own.
-        return KernelMatrix, (self._matrix,)
+        return functools.partial(KernelMatrix, may_slice=self.may_slice), (self._matrix,)
+
+    def slice(self) -> None:
+        """Keeps the weights as slices too, by which one or two tokens are multiplied from now on (bfloat16 ones)."""
+        assert self.may_slice
+        if self._slices is None:
+            self._slices = self._build_slices()
+        self.structure.slices, self.structure.slice_starts = (part.data_ptr() for part in self._slices)
+
+    def unslice(self) -> None:
+        """Undoes `slice`."""
+        self._slices = self.structure.slices = None
+
+    def _build_slices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slices, uint8, and where each block of rows begins in them."""
+        threads = torch.get_num_threads()
+        starts = torch.zeros(self.structure.rows // _CHUNK + 2, dtype=torch.int64)
+        self.structure.slice_chunks = self._kernels.nt_measure_slices(self.structure, starts.data_ptr(), threads)
+        slices = torch.empty(int(starts.max()), dtype=torch.uint8)
+        self.structure.slice_starts = starts.data_ptr()
+        self._kernels.nt_slice(self.structure, slices.data_ptr(), threads)
+        return slices, starts
+
+    @property
+    def nbytes(self) -> int:
+        """See `SparseMatrix`."""
+        return self._matrix.nbytes
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that are kept besides the matrix."""
+        return sum(part.nbytes for part in (self.index, self._places, *(self._slices or ())) if part is not None)
 
     @property
     def scales(self) -> torch.Tensor | None:
@@ -134,11 +175,6 @@ class KernelMatrix:
         dense = torch.empty(self.structure.rows, self.structure.columns, dtype=dtype)
         self._kernels.nt_to_dense(self.structure, dense.data_ptr(), ACTIVATIONS[dtype], torch.get_num_threads())
         return dense
-
-    def to_dense(self) -> torch.Tensor:
-        """The whole matrix in float32."""
-        dense = self.unscaled(torch.float32)
-        return dense if self.scales is None else dense.mul_(self.scales[:, None])
 
 
 def available() -> bool:
@@ -201,8 +237,10 @@ def _load(instruction_set: str) -> ctypes.CDLL:
     library.nt_decode.argtypes = (pointer, pointer, pointer, pointer, choice)
     library.nt_to_dense.argtypes = (ctypes.POINTER(Matrix), pointer, choice, choice)
     library.nt_sum_rows.argtypes = (pointer, pointer, integer, pointer)
-    for function in (library.nt_multiply, library.nt_decode, library.nt_to_dense, library.nt_sum_rows):
-        function.restype = None
+    library.nt_slice.argtypes = library.nt_measure_slices.argtypes = (ctypes.POINTER(Matrix), pointer, choice)
+    library.nt_measure_slices.restype = integer
+    for name in ("nt_multiply", "nt_decode", "nt_to_dense", "nt_sum_rows", "nt_slice"):
+        getattr(library, name).restype = None
     return library
 
 

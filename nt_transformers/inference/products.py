@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +15,15 @@ from . import native
 from .matrix import SparseMatrix
 
 
-# One or two tokens wait for the weights to be read, of which the kernels read fewest.
+# One or two tokens wait for the weights to be read, of which the kernels read fewest; they may go by slices.
 FEW_TOKENS = 2
 # The most tokens that are timed; more behave like these.
 MANY_TOKENS = 512
-# How much quicker torch has to be: the kernels' own timing is not exact, and they need no dense copy.
+# How much quicker torch or slices have to be: timing is not exact, and the kernels need no second copy.
 MARGIN = 0.9
+# Bytes of weights that a cache of the last level hardly holds, and the most matrices that are copied to have them.
+OUT_OF_CACHE = 1 << 25
+MANY_COPIES = 64
 
 
 def multiply(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
@@ -27,21 +32,50 @@ def multiply(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
     Either by the sparse kernels or by torch on a dense copy, which lives as long as the product. What is quicker is
     measured once in a process for each shape, density (to 0.1), types and number of tokens (to a power of 2).
     """
-    return _multiply_dense(matrix, x) if quicker_dense(matrix, len(x), x.dtype) else matrix.multiply(x)
+    if len(x) <= FEW_TOKENS and quicker_sliced(matrix, x.dtype):
+        matrix.slice()
+    dense = quicker_dense(matrix, len(x), x.dtype)
+    return matrix.multiply(x) if dense is None else _multiply_dense(matrix, x, dense)
 
 
-def quicker_dense(matrix: native.KernelMatrix, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies so many tokens of this type more quickly than the sparse kernels."""
+def quicker_dense(matrix: native.KernelMatrix, tokens: int, dtype: torch.dtype) -> torch.dtype | None:
+    """The type in which torch multiplies so many tokens more quickly than the sparse kernels; None if in none."""
     if tokens <= FEW_TOKENS:
-        return False
+        return None
     tokens = min(1 << (tokens - 1).bit_length(), MANY_TOKENS)
     key = matrix.kind, tokens, dtype, torch.get_num_threads()
     if key not in _timed:
         # Of its own generator: what is sampled does not depend on what was measured before.
         x = torch.randn(tokens, matrix.structure.columns, generator=torch.Generator(), dtype=torch.float32).to(dtype)
+        # Some processors take ten times as long in bfloat16.
+        types = {torch.float32, dtype if matrix.fits_bfloat16 else torch.float32}
+        dense = {each: _seconds(functools.partial(_multiply_dense, matrix, x, each)) for each in types}
+        quickest = min(dense, key=dense.__getitem__)
         sparse = _seconds(lambda: matrix.multiply(x))
-        _timed[key] = _seconds(lambda: _multiply_dense(matrix, x)) < MARGIN * sparse
+        _timed[key] = quickest if dense[quickest] < MARGIN * sparse else None
     return _timed[key]
+
+
+def quicker_sliced(matrix: native.KernelMatrix, dtype: torch.dtype) -> bool:
+    """Whether slices, which take memory besides, make products with one token of this type enough quicker.
+
+    Measured once in a process for each shape, density (to 0.1) and type, on copies that no cache holds.
+    """
+    if not matrix.may_slice or dtype != torch.bfloat16:
+        return False
+    key = matrix.kind, torch.get_num_threads()
+    if key not in _timed_sliced:
+        copies = [copy.deepcopy(matrix) for _ in range(max(1, min(OUT_OF_CACHE // matrix.nbytes, MANY_COPIES)))]
+        x = torch.zeros(1, matrix.structure.columns, dtype=dtype)
+
+        def seconds() -> float:
+            return _seconds(lambda: [each.multiply(x) for each in copies])
+
+        usual = seconds()
+        for each in copies:
+            each.slice()
+        _timed_sliced[key] = seconds() < MARGIN * usual
+    return _timed_sliced[key]
 
 
 @torch.library.custom_op("nt_transformers::sparse_product", mutates_args=(), device_types="cpu")
@@ -113,15 +147,16 @@ sparse_product.register_autograd(
 )
 
 
-def _multiply_dense(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype == torch.bfloat16 and matrix.fits_bfloat16:
-        y = torch.nn.functional.linear(x, matrix.unscaled(torch.bfloat16))
-        return y if matrix.scales is None else y.float().mul_(matrix.scales).to(x.dtype)
-    return torch.nn.functional.linear(x.float(), matrix.to_dense()).to(x.dtype)
+def _multiply_dense(matrix: native.KernelMatrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `multiply`, by torch in float32 or, if that holds the unscaled values, in bfloat16."""
+    y = torch.nn.functional.linear(x.to(dtype), matrix.unscaled(dtype))
+    return (y if matrix.scales is None else y.float().mul_(matrix.scales)).to(x.dtype)
 
 
-# Whether torch is quicker, by kind of matrix, number of tokens, their type and number of threads.
-_timed: dict[tuple[native.Kind, int, torch.dtype, int], bool] = {}
+# In which type torch is quicker, by kind of matrix, number of tokens, their type and number of threads.
+_timed: dict[tuple[native.Kind, int, torch.dtype, int], torch.dtype | None] = {}
+# Whether slices are, by kind of matrix and number of threads.
+_timed_sliced: dict[tuple[native.Kind, int], bool] = {}
 
 
 def _seconds(function: Callable[[], object], repeats: int = 2) -> float:

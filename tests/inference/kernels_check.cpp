@@ -6,6 +6,7 @@
 #include "kernels.cpp"
 
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -34,6 +35,8 @@ template <typename V> struct Random {
   std::vector<int64_t> starts, sums;
   std::vector<float> scales, dense;
   std::vector<uint16_t> places;
+  std::vector<int64_t> slice_starts;
+  std::unique_ptr<uint8_t, decltype(&std::free)> slices{nullptr, std::free};
   NtMatrix matrix;
 
   Random(int64_t rows, int64_t columns, double density, bool sparse, Type type)
@@ -65,7 +68,19 @@ template <typename V> struct Random {
     if (!bitmap.empty()) std::memcpy(bits.data() + 1, bitmap.data(), bits.size() - 1);
     matrix = {rows, columns, sparse ? reinterpret_cast<const NtWord*>(bits.data() + 1) : nullptr, values.data(), starts.data(),
               scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr,
-              sparse && draw(0, 1) ? places.data() : nullptr, type};
+              sparse && draw(0, 1) ? places.data() : nullptr, nullptr, nullptr, 0, type};
+    if (sparse && (type == kBFloat16 || type == kInt8)) slice();
+  }
+
+  void slice() {
+    slice_starts.resize(matrix.rows / 16 + 2);
+    matrix.slice_chunks = nt_measure_slices(&matrix, slice_starts.data(), draw(1, 8));
+    matrix.slice_starts = slice_starts.data();
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, *std::max_element(slice_starts.begin(), slice_starts.end()))) std::abort();
+    slices.reset(static_cast<uint8_t*>(memory));
+    nt_slice(&matrix, slices.get(), 2);
+    matrix.slices = slices.get();
   }
 };
 
@@ -79,16 +94,25 @@ template <typename V> void check(Type type, int64_t rows, int64_t columns, doubl
     const float weight = dense[i] * random.scales[i / columns];
     if (weight != random.dense[i]) std::printf("weight %g != %g\n", weight, random.dense[i]), std::exit(1);
   }
-  // In bfloat16 for the sanitizers alone: test_kernels.py compares the numbers.
-  std::vector<BFloat16> rounded(tokens * columns), product(tokens * rows), weights(rows * columns);
+  std::vector<BFloat16> rounded(tokens * columns), products(tokens * rows), weights(rows * columns);
   for (int64_t i = 0; i < tokens * columns; ++i) store(x[i], &rounded[i]);
-  nt_multiply(&random.matrix, rounded.data(), product.data(), kBFloat16, tokens, 2);
+  nt_multiply(&random.matrix, rounded.data(), products.data(), kBFloat16, tokens, 2);
   nt_to_dense(&random.matrix, weights.data(), kBFloat16, 2);
   for (int64_t token = 0; token < tokens; ++token)
     for (int64_t row = 0; row < rows; ++row) {
-      double expected = 0;
-      for (int64_t column = 0; column < columns; ++column)
-        expected += static_cast<double>(x[token * columns + column]) * random.dense[row * columns + column];
+      double expected = 0, expected_rounded = 0;
+      for (int64_t column = 0; column < columns; ++column) {
+        const double weight = random.dense[row * columns + column];
+        expected += x[token * columns + column] * weight;
+        expected_rounded += to_float(rounded[token * columns + column]) * weight;
+      }
+      // The result is a bfloat16, and some kernels take 16 bits of the largest activation.
+      const float rounded_product = to_float(products[token * rows + row]);
+      if (!(std::abs(rounded_product - expected_rounded) < 0x1p-8 * std::abs(expected_rounded) + 2e-4 * std::sqrt(columns))) {
+        std::printf("bfloat16: type %d, %ld x %ld, density %g, %ld tokens: %g != %g\n", type, rows, columns, density,
+                    tokens, rounded_product, expected_rounded);
+        std::exit(1);
+      }
       const float product = y[token * rows + row];
       if (!(std::abs(product - expected) < 1e-5 * (1 + std::abs(expected)) + 2e-6 * std::sqrt(columns))) {
         std::printf("type %d, %ld x %ld, density %g, %ld tokens: %g != %g\n", type, rows, columns, density, tokens,

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -152,6 +153,46 @@ def test_a_bfloat16_model(make_model, values) -> None:
         probs = compressed(TOKENS[:1, -1:], past_key_values=cache).logits[0, -1].float().exp()
         expected = exact(TOKENS[:1]).logits[0, -1].exp()
     torch.testing.assert_close(probs, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("dense_layer", [None, "layers.0.self_attn.k_proj"])
+def test_decoding_by_slices(make_model, monkeypatch, values, dense_layer) -> None:
+    """Their sums are in another order; a layer without them takes them from those that multiply the same input."""
+    model = make_model(dtype=torch.bfloat16)
+    if dense_layer:
+        torch.nn.init.normal_(model.model.get_submodule(dense_layer).weight, std=0.2)
+    compressed = compress(model, values)
+    monkeypatch.setattr(products, "quicker_sliced", lambda *_: False)
+    expected = generate(compressed)
+    monkeypatch.setattr(products, "quicker_sliced", lambda matrix, _: matrix.may_slice)
+    actual = generate(copy.deepcopy(compressed))
+    # As far apart as rounding to bfloat16 takes them.
+    for a, b in zip(actual.logits[:2], expected.logits[:2], strict=True):
+        torch.testing.assert_close(a.float().exp(), b.float().exp(), rtol=0, atol=0.02)
+
+
+def test_weights_are_kept_once_on_request(make_model, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(products, "_timed_sliced", {})
+    monkeypatch.setattr(products, "MARGIN", 1e9)
+
+    def extra_bytes(model: Any) -> list[int]:
+        generate(model)
+        return [layer.kernel.extra_bytes for layer in _layers(model)]
+
+    fast = extra_bytes(compress(make_model(dtype=torch.bfloat16)))
+    slow = compress(make_model(dtype=torch.bfloat16), fast_decoding=False)
+    assert all(a > b for a, b in zip(fast, extra_bytes(slow), strict=True))
+    slow.save_pretrained(tmp_path)
+    assert extra_bytes(AutoModelForCausalLM.from_pretrained(tmp_path)) == extra_bytes(slow)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.quantization_config["fast_decoding"] = True
+    assert extra_bytes(AutoModelForCausalLM.from_pretrained(tmp_path, config=config)) == fast
+
+
+def test_an_unknown_way_of_decoding(make_model) -> None:
+    with pytest.raises(ValueError, match=r"fast_decoding='yes': choose true or false"):
+        compress(make_model(), fast_decoding="yes")
 
 
 @pytest.mark.parametrize("values", ["bf16", "int8"])

@@ -1,6 +1,7 @@
 # Copyright 2026 The nt_transformers authors. Licensed under the Apache License, Version 2.0.
 """Packed matrices keep what they were given; products equal those of the dense matrix, for any shape and type."""
 
+import copy
 import functools
 import logging
 from pathlib import Path
@@ -64,10 +65,11 @@ def test_products_equal_those_of_the_dense_matrix(values: Values) -> None:
             for sparse in (True, False):
                 matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values, sparse=sparse)
                 kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
-                assert torch.equal(kernel.to_dense(), matrix.to_dense().float())
+                unscaled = kernel.unscaled(torch.float32)
+                scales = 1 if matrix.scales is None else matrix.scales[:, None]
+                assert torch.equal(unscaled * scales, matrix.to_dense().float())
                 if values == "int8":
-                    unscaled = kernel.unscaled(torch.float32).sum(1)
-                    assert torch.equal(kernel.index[1, :-1].float(), unscaled), "read with AVX-512 only"
+                    assert torch.equal(kernel.index[1, :-1].float(), unscaled.sum(1)), "read with AVX-512 only"
                 for tokens in (0, 1, 2, 3, 17, 33, 130):
                     x = random_tokens(tokens, columns)
                     expected = (x.double() @ dense.T).float()
@@ -89,9 +91,9 @@ def test_products_with_bfloat16_activations(values: Values) -> None:
                 # Rounding of the result; int8 values take activations as 16 bits of the largest.
                 steps = x.abs().max() * dense.abs().sum(1).max() / 2**16 if values == "int8" else 0
                 torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=float(steps) + 2e-5)
-                torch.testing.assert_close(
-                    products._multiply_dense(kernel, x).float(), expected, rtol=2**-6, atol=1e-4
-                )
+                for dtype in (torch.float32, torch.bfloat16)[: 1 + kernel.fits_bfloat16]:
+                    product = products._multiply_dense(kernel, x, dtype).float()
+                    torch.testing.assert_close(product, expected, rtol=2**-6, atol=1e-4)
 
 
 @pytest.mark.usefixtures("_each_instruction_set")
@@ -105,6 +107,50 @@ def test_one_token_by_the_columns_of_few_values(values: Values) -> None:
         x = random_tokens(1, 700).to(dtype)
         expected = (x.double() @ matrix.to_dense().double().T).to(dtype)
         torch.testing.assert_close(kernel.multiply(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_each_instruction_set")
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_one_or_two_tokens_by_slices(values: Values, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for rows, columns in [*SHAPES, (700, 90), (31, 1100)]:
+        for density in DENSITIES:
+            matrix = SparseMatrix.from_dense(random_matrix(rows, columns, density), values)
+            kernel, dense = native.KernelMatrix(matrix), matrix.to_dense().double()
+            before = kernel.extra_bytes
+            kernel.slice()
+            assert kernel.extra_bytes > before
+            for tokens in (1, 2, 3):
+                x = random_tokens(tokens, columns).bfloat16()
+                expected = (x.double() @ dense.T).float()
+                # The result is rounded; int8 values of three tokens take activations as 16 bits of the largest.
+                torch.testing.assert_close(kernel.multiply(x).float(), expected, rtol=2**-8, atol=5e-4)
+            kernel.unslice()
+            assert kernel.extra_bytes == before
+
+
+def test_slices_are_kept_where_they_measure_quicker_and_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sliced(values: Values = "bf16", dtype: torch.dtype = torch.bfloat16, tokens: int = 1, **options: bool) -> bool:
+        matrix = SparseMatrix.from_dense(random_matrix(40, 90, 0.2), values, sparse=options.pop("sparse", True))
+        kernel = native.KernelMatrix(matrix, **options)
+        for copied in (kernel, copy.deepcopy(kernel)):
+            products.multiply(copied, random_tokens(tokens, 90).to(dtype))
+            assert bool(copied.structure.slices) == (copied.extra_bytes > copied.index.nbytes)
+        return bool(copied.structure.slices)
+
+    monkeypatch.setattr(products, "_timed_sliced", {})
+    monkeypatch.setattr(products, "MARGIN", 1e9)
+    assert sliced()
+    assert sliced("int8", tokens=2)
+    assert not sliced(tokens=3)
+    assert not sliced(dtype=torch.float32)
+    assert not sliced("fp32")
+    assert not sliced(sparse=False)
+    assert not sliced(may_slice=False)
+    monkeypatch.setattr(products, "_timed_sliced", {})
+    monkeypatch.setattr(products, "MARGIN", 0)
+    assert not sliced()
 
 
 @pytest.mark.parametrize("values", get_args(Values))
@@ -140,16 +186,16 @@ def test_operator_for_compilers(values: Values) -> None:
 
 @pytest.mark.parametrize("torch_is_quicker", [False, True])
 def test_what_measures_quicker_multiplies_many_tokens(torch_is_quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = native.KernelMatrix(SparseMatrix.from_dense(random_matrix(24, 40, 0.5), "fp32"))
-    seconds = iter((2.0, 1.0) if torch_is_quicker else (1.0, 2.0))
+    weight = random_matrix(24, 40, 0.5)
+    matrix = native.KernelMatrix(SparseMatrix.from_dense(weight, "fp32"))
+    seconds = iter((1.0, 2.0) if torch_is_quicker else (2.0, 1.0))  # of torch, of the kernels
     monkeypatch.setattr(products, "_timed", {})
     monkeypatch.setattr(products, "_seconds", lambda function: next(seconds))
     copies = []
-    monkeypatch.setattr(matrix, "to_dense", lambda: copies.append(None) or type(matrix).to_dense(matrix))
+    monkeypatch.setattr(matrix, "unscaled", lambda dtype: copies.append(None) or type(matrix).unscaled(matrix, dtype))
     for tokens in (1, 2, 5, 7, 8):  # one measurement, for up to 8 tokens
         x = torch.randn(tokens, 40)
-        expected = x @ type(matrix).to_dense(matrix).T
-        torch.testing.assert_close(products.multiply(matrix, x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(products.multiply(matrix, x), x @ weight.T, rtol=1e-5, atol=1e-5)
     assert len(copies) == (3 if torch_is_quicker else 0)
 
 

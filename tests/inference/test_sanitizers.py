@@ -11,6 +11,8 @@ import pytest
 from nt_transformers.inference import build, native
 
 
+# What stands in for AVX-512.
+EMULATED_AVX512 = Path("/usr/include/simde")
 # The compiler for ARM and what runs its programs, on other processors.
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 
@@ -27,16 +29,12 @@ def tools(instruction_set: str) -> tuple[str, tuple[str, ...]]:
     return ARM_COMPILER, ARM_EMULATOR
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", dict.fromkeys([*native.supported_instruction_sets(), *build.ARM]))
-def test_kernels_under_address_and_undefined_behaviour_sanitizers(instruction_set: str, tmp_path: Path) -> None:
-    compiler, runner = tools(instruction_set)
+def check(compiler: str, runner: tuple[str, ...], source: str, flags: tuple[str, ...], tmp_path: Path) -> str:
+    """What a program prints that is built with sanitizers; skips the test where they lack."""
     program = tmp_path / "check"
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    needed, _ = (build.INSTRUCTION_SETS | build.ARM)[instruction_set]
-    flags = ("-O1", "-g", "-std=c++17", "-fopenmp", *needed, *sanitizers)
-    source = Path(__file__).with_name("kernels_check.cpp")
-    command = [compiler, *flags, "-I", str(build.SOURCES), str(source), "-o", str(program)]
+    options = ("-O1", "-g", "-std=c++17", "-fopenmp", *flags, *sanitizers, "-I", str(build.SOURCES))
+    command = [compiler, *options, str(Path(__file__).with_name(source)), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:
         pytest.skip("the compiler comes without sanitizers")
@@ -45,4 +43,21 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(instruction_se
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
     run = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout == "864 products\n"
+    return run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", dict.fromkeys([*native.supported_instruction_sets(), *build.ARM]))
+def test_kernels_under_address_and_undefined_behaviour_sanitizers(instruction_set: str, tmp_path: Path) -> None:
+    compiler, runner = tools(instruction_set)
+    flags, _ = (build.INSTRUCTION_SETS | build.ARM)[instruction_set]
+    assert check(compiler, runner, "kernels_check.cpp", flags, tmp_path) == "864 products\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (EMULATED_AVX512 / "x86" / "avx512.h").exists(), reason="no SIMDe headers (Debian: libsimde-dev)"
+)
+def test_slices_of_avx512_on_any_processor(tmp_path: Path) -> None:
+    compiler, runner = tools("portable")
+    assert check(compiler, runner, "slices_check.cpp", ("-DNT_AVX512=1",), tmp_path) == "200 products\n"

@@ -28,6 +28,21 @@ void nt_sum_rows(const int8_t* values, const int64_t* starts, int64_t rows, int6
   }
 }
 
+// The layout of slices.h, for `threads` threads: writes where blocks of rows begin to `starts` [rows / 16 + 2], behind
+// the last one the number of bytes in all; returns the chunks of a block.
+int64_t nt_measure_slices(const NtMatrix* a, int64_t* starts, int32_t threads) {
+  omp_set_num_threads(threads);
+  const int64_t chunks = chunks_of(a->rows, threads);
+  a->type == kInt8 ? measure_slices<int8_t>(*a, chunks, starts) : measure_slices<BFloat16>(*a, chunks, starts);
+  return chunks;
+}
+
+// Writes the slices to `out`, as `a->slice_starts` and `a->slice_chunks` were measured.
+void nt_slice(const NtMatrix* a, uint8_t* out, int32_t threads) {
+  omp_set_num_threads(threads);
+  a->type == kInt8 ? write_slices<int8_t>(*a, out) : write_slices<BFloat16>(*a, out);
+}
+
 // dense [rows, columns], in float32 (`type` 2) or bfloat16 (0), without scales.
 void nt_to_dense(const NtMatrix* a, void* dense, int32_t type, int32_t threads) {
   omp_set_num_threads(threads);

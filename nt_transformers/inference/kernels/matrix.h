@@ -36,13 +36,16 @@ typedef uint32_t NtWord __attribute__((aligned(1), may_alias));
 // Rows of a sparse matrix. `values` must be readable for 64 bytes beyond its end.
 struct NtMatrix {
   int64_t rows, columns;
-  const NtWord* bitmap;    // [rows, ceil(columns / 32)]; null: dense, all values are stored
-  const void* values;      // of the existing weights, row by row
-  const int64_t* starts;   // [rows + 1], where in `values` each row begins, and the last one ends
-  const float* scales;     // [rows] for int8, else null
-  const int64_t* sums;     // [rows], the sum of the values, for int8, else null
-  const uint16_t* places;  // the column of each value and eight zeros, where products go by them; else null
-  int32_t type;            // see Type
+  const NtWord* bitmap;         // [rows, ceil(columns / 32)]; null: dense, all values are stored
+  const void* values;           // of the existing weights, row by row
+  const int64_t* starts;        // [rows + 1], where in `values` each row begins, and the last one ends
+  const float* scales;          // [rows] for int8, else null
+  const int64_t* sums;          // [rows], the sum of the values, for int8, else null
+  const uint16_t* places;       // the column of each value and eight zeros, where products go by them; else null
+  const uint8_t* slices;        // the weights as slices.h arranges them, where products go by them; else null
+  const int64_t* slice_starts;  // where in them each block of rows begins
+  int64_t slice_chunks;         // of a block of rows
+  int32_t type;                 // see Type
 };
 
 }  // extern "C"

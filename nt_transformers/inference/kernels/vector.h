@@ -14,7 +14,7 @@
 
 #include <vector>
 
-#include "matrix.h"
+#include "slices.h"
 
 namespace {
 
@@ -35,7 +35,7 @@ struct Tokens {
 
   const float* floats(int64_t token) const { return data + token * stride; }
   const uint16_t* rounded(int64_t token) const { return reinterpret_cast<const uint16_t*>(floats(token)); }
-  const uint8_t* digits(int64_t token) const { return reinterpret_cast<const uint8_t*>(floats(token)); }
+  const uint8_t* bytes(int64_t token) const { return reinterpret_cast<const uint8_t*>(floats(token)); }
   float scale(int64_t token) const { return scales[token]; }
 };
 
@@ -48,12 +48,14 @@ class Input {
  public:
   // Room for so many columns of so many tokens.
   Input(int64_t columns, int64_t tokens)
-      : stride_(round_up(columns, kInputStep)), data_(tokens * stride_), scales_(tokens) {}
+      : stride_(std::max(round_up(columns, kInputStep), plane_bytes(columns) / int64_t{sizeof(float)})),
+        data_(tokens * stride_), scales_(tokens) {}
 
   // Takes a token's x, of activations of type X, for products of `tokens` tokens with matrices like `a`.
   template <typename X, typename From> void set(const NtMatrix& a, int64_t tokens, int64_t token, const From* x) {
     const int64_t columns = a.columns;
     float* to = data_.data() + token * stride_;
+    if (by_slices<X>(a, tokens)) return to_planes(x, columns, reinterpret_cast<uint8_t*>(to));
     const int64_t padded = round_up(columns, kInputStep);
     for (int64_t i = 0; i < columns; ++i) to[i] = to_float(x[i]);
     std::memset(to + columns, 0, sizeof(float) * (padded - columns));
@@ -219,7 +221,7 @@ template <typename X, int T> struct Dot<int8_t, X, T> {
     const __m512i weights = expand(bits, values);
     for (int t = 0; t < T; ++t)
       for (int i = 0; i < digits; ++i) {
-        const __m512i numbers = _mm512_load_si512(x.digits(t) + digits * column + 64 * i);
+        const __m512i numbers = _mm512_load_si512(x.bytes(t) + digits * column + 64 * i);
         sums[t][i] = _mm512_dpbusd_epi32(sums[t][i], numbers, weights);
       }
   }
@@ -524,12 +526,36 @@ constexpr int kRegisters = 16;
 #endif
 constexpr int64_t kFewTokens = 16;  // of which these kernels are quicker than those for tiles of tokens
 
+// As `each_row`, by slices.
+template <typename V, typename Take>
+void each_sliced_row(const NtMatrix& a, const Tokens& x, int64_t tokens, Take&& take) {
+  const int64_t step = a.slice_chunks * kChunk;
+  // Threads take blocks as they get to them: their number is small, and seldom a multiple of that of the threads.
+#pragma omp for schedule(dynamic) nowait
+  for (int64_t first = 0; first < a.rows; first += step) {
+    const int64_t rows = std::min(step, a.rows - first), chunks = (rows + kChunk - 1) / kChunk;
+    float sums[kSlicedTokens][kBlockRows] = {};
+    const uint8_t* block = a.slices + a.slice_starts[first / step];
+    for (int64_t column = 0; column < a.columns; column += kTable) {
+      const uint8_t* const from = block;
+      for (int64_t t = 0; t < tokens; ++t) block = add_block<V>(from, chunks, x.bytes(t) + 2 * column, sums[t]);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float sum = sums[t][row];
+        take(first + row, t, std::is_same_v<V, int8_t> ? sum * kInt8Unit * a.scales[first + row] : sum);
+      }
+  }
+}
+
 // Calls `take(row, token, value)` with each product of a row and a token of `x`, in a team of threads; returns without
 // waiting for them. X: type of the activations.
 template <typename X, typename Take>
 void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t tokens, Take&& take) {
   with_type(a.type, [&](auto type) {
     using V = decltype(type);
+    if constexpr (std::is_same_v<V, BFloat16> || std::is_same_v<V, int8_t>)
+      if (by_slices<X>(a, tokens)) return each_sliced_row<V>(a, x.from(first_token), tokens, take);
     if (by_places(a, tokens)) {
 #pragma omp for schedule(static) nowait
       for (int64_t row = 0; row < a.rows; ++row) take(row, 0, dot_places<V>(a, row, x.from(first_token).floats(0)));
