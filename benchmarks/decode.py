@@ -11,13 +11,18 @@ bfloat16 and float32; the faster counts). Figures are ratios of tokens/s of `gen
     neurotrails_<density>_<values>_over_dense_single     over the faster of the two in torch
     neurotrails_<density>_<values>_over_tuned_single     over the one on this library's kernel
     neurotrails_<density>_<values>_over_full_ensemble
+    neurotrails_0.2_bf16_kept_once_over_...              the same without `fast_decoding`
     context_<tokens>_neurotrails_...                     the same after 512 and 2048 tokens, density 0.2
     batch8_0.2_<values>_over_uncompressed                8 texts at a time
     prefill_512_0.2_<values>_over_uncompressed           a text of 512 tokens, without generation
     bandwidth_share_<density>_<values>                   bytes per token / time of the linear layers, one after the
                                                          other in one parallel region, over the read bandwidth measured
                                                          in turn
-    resident_memory_0.2_<values>_output_<sparse|dense>   bytes of all weights over the bytes in dense bfloat16
+    resident_memory_0.2_<values>_output_<sparse|dense>   bytes of all weights over the bytes in dense bfloat16, without
+                                                         `fast_decoding`
+    resident_memory_0.2_<values>_fast_decoding           the same with it, output layers sparse
+
+What torch computes in bfloat16 far more slowly than in float32 (batches and prompts, without AVX-512) is left out.
 """
 
 import argparse
@@ -25,13 +30,13 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bandwidth import READ_BYTES, multiplying, reading
 from harness import parse_args, report, time_interleaved
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 from transformers.initialization import no_init_weights
 
@@ -40,7 +45,7 @@ from nt_transformers.inference import SparseLinear, compress
 from nt_transformers.inference.matrix import Values
 
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 1024,
     "intermediate_size": 2736,
@@ -102,13 +107,14 @@ def networks(cases: list[tuple[float, Values]]) -> dict[str, PreTrainedModel]:
     }
     for density, values in cases:
         models[f"neurotrails_{density}_{values}"] = compress(network(3, 16, density, torch.bfloat16), values)
+    models["neurotrails_0.2_bf16_kept_once"] = compress(network(3, 16, 0.2, torch.bfloat16), fast_decoding=False)
     return models
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, context: torch.Tensor) -> Cache:
-    """The key-value cache of a text."""
-    return model(input_ids=context, use_cache=True, logits_to_keep=1).past_key_values
+def prefill(model: PreTrainedModel, context: torch.Tensor) -> None:
+    """Computes the key-value cache of a text."""
+    model(input_ids=context, use_cache=True, logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -127,12 +133,35 @@ def decode(model: PreTrainedModel, context: torch.Tensor, cache: Cache, tokens: 
     return stopwatch.seconds()
 
 
+def random_cache(model: PreTrainedModel, shape: tuple[int, int]) -> Cache:
+    """The key-value cache of some texts [batch, tokens], which takes no time to compute: of random numbers."""
+    config, cache = cast(NeuroTrailsLlamaConfig, model.config), DynamicCache()
+    for layer in range(config.num_backbone_layers + config.num_ensemble_heads * config.num_head_layers):
+        states = torch.randn(2, shape[0], config.num_key_value_heads, shape[1], config.head_dim).to(model.dtype)
+        cache.update(*states, layer)
+    return cache
+
+
+def contenders(tokens: int) -> list[str]:
+    """NeuroTrails in torch, in the types that are not far slower than the other: some processors lack bfloat16."""
+    x, weight = (
+        torch.randn(tokens, SHAPE["hidden_size"]),
+        torch.randn(SHAPE["intermediate_size"], SHAPE["hidden_size"]),
+    )
+    types = dict(zip(UNCOMPRESSED, (torch.bfloat16, torch.float32), strict=True))
+    products = {
+        name: partial(torch.nn.functional.linear, x.to(dtype), weight.to(dtype)) for name, dtype in types.items()
+    }
+    seconds = time_interleaved(products, 5)
+    return [name for name in UNCOMPRESSED if seconds[name] < 2 * min(seconds.values())]
+
+
 def decoding_seconds(
     models: dict[str, PreTrainedModel], names: Iterable[str], shape: tuple[int, int], tokens: int, rounds: int
 ) -> dict[str, float]:
     """Median seconds per token of the models `names`, in turn, after contexts of [batch, tokens]."""
     context = torch.randint(SHAPE["vocab_size"], shape)
-    caches = {name: prefill(models[name], context) for name in names}
+    caches = {name: random_cache(models[name], shape) for name in names}
     times: dict[str, list[float]] = {name: [] for name in caches}
     for round_index in range(rounds + 1):
         for name, cache in caches.items():
@@ -171,15 +200,16 @@ def bandwidth_share(layers: list[SparseLinear], rounds: int, args: argparse.Name
     """Bytes per second of the layers over those of reading a buffer in turn; the seconds to read a gigabyte."""
     functions = {"read": reading(args.threads), "multiply": multiplying(layers, args.threads)}
     seconds = time_interleaved(functions, rounds)
-    bytes_read = sum(layer.matrix.nbytes for layer in layers)
+    bytes_read = sum(layer.kernel.bytes_read for layer in layers)
     reading_seconds = seconds["read"] / READ_BYTES
     return bytes_read / seconds["multiply"] * reading_seconds, 1e9 * reading_seconds
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of parameters and buffers, and of what the kernels keep besides."""
-    indices = (layer.kernel.index for layer in sparse_layers(model))
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *indices))
+def weight_bytes(model: PreTrainedModel, *, fast_decoding: bool = False) -> int:
+    """Bytes of parameters and buffers, and of what the kernels keep besides, with the weights kept twice or once."""
+    tensors = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    kernels = [layer.kernel for layer in sparse_layers(model)]
+    return tensors + sum(kernel.extra_bytes if fast_decoding else kernel.index.nbytes for kernel in kernels)
 
 
 def main() -> None:
@@ -188,7 +218,7 @@ def main() -> None:
     rounds = 1 if args.quick else 3
     models = networks(CASES[:2] if args.quick else CASES)
     sparse = [name for name in models if name.startswith("neurotrails")]
-    ours = [name for name in sparse if "_0.2_" in name]
+    ours = [name for name in sparse if name.endswith(("_0.2_bf16", "_0.2_int8"))]
     others = [*SINGLES, "tuned_single", "full_ensemble"]
 
     seconds = decoding_seconds(models, [*others, *sparse], (1, 128), 8 if args.quick else 12, rounds)
@@ -197,10 +227,10 @@ def main() -> None:
         longer = decoding_seconds(models, [*others, *ours], (1, length), 8, rounds)
         figures |= {f"context_{length}_{name}": value for name, value in decoding_ratios(longer).items()}
         seconds |= {f"context_{length}_{name}": value for name, value in longer.items()}
-    batch = decoding_seconds(models, [*UNCOMPRESSED, *ours], (8, 128), 4, rounds)
-    prefill = prefill_seconds(models, [*UNCOMPRESSED, *ours], 1 if args.quick else 3)
+    batch = decoding_seconds(models, [*contenders(8), *ours], (8, 128), 4, rounds)
+    prefill = prefill_seconds(models, [*contenders(512), *ours], 1 if args.quick else 3)
     for prefix, measured in (("batch8", batch), ("prefill_512", prefill)):
-        slow = min(measured[name] for name in UNCOMPRESSED)
+        slow = min(measured[name] for name in UNCOMPRESSED if name in measured)
         for name in ours:
             figures[f"{name.replace('neurotrails', prefix)}_over_uncompressed"] = slow / measured[name]
         seconds |= {f"{prefix}_{name}": value for name, value in measured.items()}
@@ -212,6 +242,7 @@ def main() -> None:
     for name in ours:
         label = name.replace("neurotrails", "resident_memory")
         figures[f"{label}_output_sparse"] = weight_bytes(models[name]) / dense_bytes
+        figures[f"{label}_fast_decoding"] = weight_bytes(models[name], fast_decoding=True) / dense_bytes
     partly = compress(network(3, 16, 0.2, torch.bfloat16), output_layers=False)
     figures["resident_memory_0.2_bf16_output_dense"] = weight_bytes(partly) / dense_bytes
     report({**figures, **{f"{k}_s": value for k, value in seconds.items()}}, args)

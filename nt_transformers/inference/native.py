@@ -135,6 +135,11 @@ class KernelMatrix:
         return self._matrix.nbytes
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes that a product with one bfloat16 token reads: where it goes by slices or by the bitmap."""
+        return self.nbytes if self._slices is None else self._slices[0].nbytes
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes that are kept besides the matrix."""
         return sum(part.nbytes for part in (self.index, self._places, *(self._slices or ())) if part is not None)

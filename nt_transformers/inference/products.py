@@ -96,7 +96,10 @@ def sparse_product(
         index: `KernelMatrix.index`, or None where there are no kernels.
     """
     matrix = SparseMatrix(x.shape[1], bitmap, values, scales)
-    return matrix.multiply(x) if index is None else multiply(native.KernelMatrix(matrix, index), x)
+    if index is None:
+        return matrix.multiply(x)
+    # Slices would be made anew for every product.
+    return multiply(native.KernelMatrix(matrix, index, may_slice=False), x)
 
 
 @sparse_product.register_fake

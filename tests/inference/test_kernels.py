@@ -148,6 +148,11 @@ def test_slices_are_kept_where_they_measure_quicker_and_may_be(monkeypatch: pyte
     assert not sliced("fp32")
     assert not sliced(sparse=False)
     assert not sliced(may_slice=False)
+    layer = SparseLinear(SparseMatrix.from_dense(random_matrix(40, 90, 0.2), "bf16"))
+    layer.prepare()
+    with monkeypatch.context() as patch:
+        patch.setattr(native.KernelMatrix, "slice", None)  # not for every product of a compiled layer
+        torch.compile(layer, backend="eager", fullgraph=True)(random_tokens(1, 90).bfloat16())
     monkeypatch.setattr(products, "_timed_sliced", {})
     monkeypatch.setattr(products, "MARGIN", 0)
     assert not sliced()
