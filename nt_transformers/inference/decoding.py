@@ -148,13 +148,14 @@ class Decoder:
         # Assisted generation by early exit lowers the number in the configuration for a while.
         self._depth = self.model.config.num_hidden_layers
         self._plans: dict[tuple[bool, tuple[int, ...], bool], _Plan] = {}
-        # What the plans point to.
+        # What the plans point to, and where the values are.
         self._memory: list[Any] = []
+        self._addresses: list[tuple[torch.Tensor, int]] = []
         self._quicker: dict[tuple[bool, tuple[int, ...], int, int], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes plans of its own weights.
-        return self.__dict__ | {"_plans": {}, "_memory": [], "_quicker": {}}
+        return self.__dict__ | {"_plans": {}, "_memory": [], "_addresses": [], "_quicker": {}}
 
     def forget(self) -> None:
         """Has plans made anew, of weights that have changed."""
@@ -368,7 +369,7 @@ class Decoder:
     def _plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Plan:
         """The plan of these layers, for one or two tokens or for more."""
         key = backbone, tuple(heads), few
-        if any(isinstance(part, native.KernelMatrix) and part.moved for part in self._memory):
+        if any(values.data_ptr() != address for values, address in self._addresses):
             self.forget()
         if key not in self._plans:
             self._plans[key] = self._build_plan(backbone, heads, few)
@@ -422,6 +423,7 @@ class Decoder:
     def _describe(self, layer: Any) -> _Layer:
         matrices = _matrices(layer).values()
         self._memory += matrices
+        self._addresses += [(matrix.values, matrix.values.data_ptr()) for matrix in matrices]
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         return _Layer(*(matrix.structure for matrix in matrices), *(self._pointer(norm.weight) for norm in norms))
 

@@ -58,7 +58,7 @@ Kind = tuple[int, int, int, int, bool]
 
 
 class KernelMatrix:
-    """A `SparseMatrix` as the kernels read it; keeps the memory that it points to.
+    """A `SparseMatrix` as the kernels read it; keeps the memory that it points to, the `values` themselves included.
 
     Args:
         matrix: The matrix.
@@ -75,7 +75,7 @@ class KernelMatrix:
         self._slices: tuple[torch.Tensor, torch.Tensor] | None = None
         # Those of other types are multiplied with float32 activations, which are not looked up.
         self.may_slice = may_slice and matrix.bitmap is not None and self.fits_bfloat16
-        self._values = matrix.values.contiguous()
+        self.values = matrix.values.contiguous()
         self._places = None
         self._kernels = kernels()
         if index is None:
@@ -86,22 +86,22 @@ class KernelMatrix:
         bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
         scales = None if matrix.scales is None else matrix.scales.float()
         sums = index[1] if len(index) > 1 else None
-        self._memory = (bitmap, self._values, index[0], scales, sums, self._places)
+        self._memory = (bitmap, self.values, index[0], scales, sums, self._places)
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, None, None, 0, _TYPES[matrix.values.dtype])
 
     @property
     def moved(self) -> bool:
         """Whether the values lie elsewhere by now, as after sharing them with another process."""
-        return self._values.data_ptr() != self.structure.values
+        return self.values.data_ptr() != self.structure.values
 
     def _build_index(self, counts: torch.Tensor) -> torch.Tensor:
         """What `index` is, from the number of values in each row."""
         bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        if self._values.dtype != torch.int8:
+        if self.values.dtype != torch.int8:
             return bounds[None]
         index = torch.stack([bounds, torch.zeros_like(bounds)])
-        self._kernels.nt_sum_rows(self._values.data_ptr(), bounds.data_ptr(), len(counts), index[1].data_ptr())
+        self._kernels.nt_sum_rows(self.values.data_ptr(), bounds.data_ptr(), len(counts), index[1].data_ptr())
         return index
 
     def __reduce__(self) -> tuple[Callable[..., KernelMatrix], tuple[SparseMatrix]]:
