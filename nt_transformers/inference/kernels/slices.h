@@ -210,6 +210,7 @@ inline __attribute__((always_inline)) const uint8_t* add_block(const uint8_t* bl
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) *reinterpret_cast<Floats*>(to + i * kQuarter) = own[i];
   }
+#pragma GCC unroll 16
   for (int64_t i = 0; i < chunks * kChunk; ++i) sums[rows[i]] += products[i];
   return block;
 }
