@@ -59,6 +59,11 @@ template <typename V> struct Random {
       sums.push_back(sum);
     }
     starts.push_back(kept.size());
+    if constexpr (std::is_same_v<V, int8_t>) {
+      std::vector<int64_t> added(rows);
+      nt_sum_rows(kept.data(), starts.data(), rows, added.data());
+      if (added != sums) std::printf("sums of rows differ\n"), std::exit(1);
+    }
     places.resize(kept.size() + 8);
     values.resize(kept.size() * sizeof(V) + 64);
     if (!kept.empty()) std::memcpy(values.data(), kept.data(), kept.size() * sizeof(V));
