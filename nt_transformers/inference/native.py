@@ -111,13 +111,10 @@ class KernelMatrix:
     def slice(self) -> None:
         """Keeps the weights as slices too, by which one or two tokens are multiplied from now on (bfloat16 ones)."""
         assert self.may_slice
+        # Once and for all: plans point to them.
         if self._slices is None:
             self._slices = self._build_slices()
-        self.structure.slices, self.structure.slice_starts = (part.data_ptr() for part in self._slices)
-
-    def unslice(self) -> None:
-        """Undoes `slice`."""
-        self._slices = self.structure.slices = None
+            self.structure.slices = self._slices[0].data_ptr()
 
     def _build_slices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slices, uint8, and where each block of rows begins in them."""
