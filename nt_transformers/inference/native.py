@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 PREBUILT = Path(__file__).with_name("prebuilt")
 # The fewest rows that are sliced together.
 _CHUNK = 16
+_SLICING = threading.Lock()
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 # The types that activations and key-value caches may have.
 ACTIVATIONS = {torch.bfloat16: 0, torch.float32: 2}
@@ -111,20 +113,21 @@ class KernelMatrix:
     def slice(self) -> None:
         """Keeps the weights as slices too, by which one or two tokens are multiplied from now on (bfloat16 ones)."""
         assert self.may_slice
-        # Once and for all: plans point to them.
-        if self._slices is None:
-            self._slices = self._build_slices()
-            self.structure.slices = self._slices[0].data_ptr()
+        # Once and for all: plans, and products in other threads, point to them.
+        with _SLICING:
+            if self._slices is None:
+                self._build_slices()
 
-    def _build_slices(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _build_slices(self) -> None:
         """The slices, uint8, and where each block of rows begins in them."""
-        threads = torch.get_num_threads()
-        starts = torch.zeros(self.structure.rows // _CHUNK + 2, dtype=torch.int64)
-        self.structure.slice_chunks = self._kernels.nt_measure_slices(self.structure, starts.data_ptr(), threads)
+        threads, structure = torch.get_num_threads(), Matrix.from_buffer_copy(self.structure)
+        starts = torch.zeros(structure.rows // _CHUNK + 2, dtype=torch.int64)
+        structure.slice_chunks = self._kernels.nt_measure_slices(structure, starts.data_ptr(), threads)
+        structure.slice_starts = starts.data_ptr()
         slices = torch.empty(int(starts.max()), dtype=torch.uint8)
-        self.structure.slice_starts = starts.data_ptr()
-        self._kernels.nt_slice(self.structure, slices.data_ptr(), threads)
-        return slices, starts
+        self._kernels.nt_slice(structure, slices.data_ptr(), threads)
+        structure.slices = slices.data_ptr()
+        self._slices, self.structure = (slices, starts), structure
 
     @property
     def nbytes(self) -> int:
