@@ -45,6 +45,7 @@ class Matrix(ctypes.Structure):
         ("slices", ctypes.c_void_p),
         ("slice_starts", ctypes.c_void_p),
         ("slice_chunks", ctypes.c_int64),
+        ("slice_bits", ctypes.c_int32),
         ("type", ctypes.c_int32),
     )
 
@@ -90,7 +91,7 @@ class KernelMatrix:
         sums = index[1] if len(index) > 1 else None
         self._memory = (bitmap, self.values, index[0], scales, sums, self._places)
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
-        self.structure = Matrix(*matrix.shape, *pointers, None, None, 0, _TYPES[matrix.values.dtype])
+        self.structure = Matrix(*matrix.shape, *pointers, None, None, 0, 0, _TYPES[matrix.values.dtype])
 
     @property
     def moved(self) -> bool:
@@ -122,9 +123,9 @@ class KernelMatrix:
         """The slices, uint8, and where each block of rows begins in them."""
         threads, structure = torch.get_num_threads(), Matrix.from_buffer_copy(self.structure)
         starts = torch.zeros(structure.rows // _CHUNK + 2, dtype=torch.int64)
-        structure.slice_chunks = self._kernels.nt_measure_slices(structure, starts.data_ptr(), threads)
+        size = self._kernels.nt_measure_slices(structure, starts.data_ptr(), threads)
         structure.slice_starts = starts.data_ptr()
-        slices = torch.empty(int(starts.max()), dtype=torch.uint8)
+        slices = torch.empty(size, dtype=torch.uint8)
         self._kernels.nt_slice(structure, slices.data_ptr(), threads)
         structure.slices = slices.data_ptr()
         self._slices, self.structure = (slices, starts), structure

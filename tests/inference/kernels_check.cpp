@@ -73,16 +73,16 @@ template <typename V> struct Random {
     if (!bitmap.empty()) std::memcpy(bits.data() + 1, bitmap.data(), bits.size() - 1);
     matrix = {rows, columns, sparse ? reinterpret_cast<const NtWord*>(bits.data() + 1) : nullptr, values.data(), starts.data(),
               scaled ? scales.data() : nullptr, scaled ? sums.data() : nullptr,
-              sparse && draw(0, 1) ? places.data() : nullptr, nullptr, nullptr, 0, type};
+              sparse && draw(0, 1) ? places.data() : nullptr, nullptr, nullptr, 0, 0, type};
     if (sparse && (type == kBFloat16 || type == kInt8)) slice();
   }
 
   void slice() {
     slice_starts.resize(matrix.rows / 16 + 2);
-    matrix.slice_chunks = nt_measure_slices(&matrix, slice_starts.data(), draw(1, 8));
+    const int64_t bytes = nt_measure_slices(&matrix, slice_starts.data(), draw(1, 8));
     matrix.slice_starts = slice_starts.data();
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, *std::max_element(slice_starts.begin(), slice_starts.end()))) std::abort();
+    if (posix_memalign(&memory, 64, bytes)) std::abort();
     slices.reset(static_cast<uint8_t*>(memory));
     nt_slice(&matrix, slices.get(), 2);
     matrix.slices = slices.get();

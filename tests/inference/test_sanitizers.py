@@ -60,4 +60,4 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(instruction_se
 )
 def test_slices_of_avx512_on_any_processor(tmp_path: Path) -> None:
     compiler, runner = tools("portable")
-    assert check(compiler, runner, "slices_check.cpp", ("-DNT_AVX512=1",), tmp_path) == "200 products\n"
+    assert check(compiler, runner, "slices_check.cpp", ("-DNT_AVX512=1",), tmp_path) == "300 products\n"

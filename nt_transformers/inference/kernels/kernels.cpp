@@ -28,19 +28,23 @@ void nt_sum_rows(const int8_t* values, const int64_t* starts, int64_t rows, int6
   }
 }
 
-// The layout of slices.h, for `threads` threads: writes where blocks of rows begin to `starts` [rows / 16 + 2], behind
-// the last one the number of bytes in all; returns the chunks of a block.
-int64_t nt_measure_slices(const NtMatrix* a, int64_t* starts, int32_t threads) {
+// The layout of slices.h, for `threads` threads: sets `slice_chunks` and `slice_bits`, writes where blocks of rows begin
+// to `starts` [rows / 16 + 2]; returns the number of bytes in all.
+int64_t nt_measure_slices(NtMatrix* a, int64_t* starts, int32_t threads) {
   omp_set_num_threads(threads);
-  const int64_t chunks = chunks_of(a->rows, threads);
-  a->type == kInt8 ? measure_slices<int8_t>(*a, chunks, starts) : measure_slices<BFloat16>(*a, chunks, starts);
-  return chunks;
+  a->slice_chunks = chunks_of(a->rows, threads);
+  a->slice_bits = 8;
+  std::vector<int64_t> best = measure_slices(*a, 8);
+  if (a->type == kBFloat16)
+    if (auto shorter = measure_slices(*a, 4); shorter.back() < best.back()) a->slice_bits = 4, best.swap(shorter);
+  std::copy(best.begin(), best.end(), starts);
+  return best.back();
 }
 
-// Writes the slices to `out`, as `a->slice_starts` and `a->slice_chunks` were measured.
+// Writes the slices to `out`, as `a->slice_starts`, `slice_chunks` and `slice_bits` were measured.
 void nt_slice(const NtMatrix* a, uint8_t* out, int32_t threads) {
   omp_set_num_threads(threads);
-  a->type == kInt8 ? write_slices<int8_t>(*a, out) : write_slices<BFloat16>(*a, out);
+  write_slices(*a, out);
 }
 
 // dense [rows, columns], in float32 (`type` 2) or bfloat16 (0), without scales.

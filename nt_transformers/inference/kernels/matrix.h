@@ -19,7 +19,8 @@
 #elif NT_NEON
 #include <arm_neon.h>
 #endif
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && \
+    defined(__AVX512VNNI__)
 #define NT_AVX512 1
 #if defined(__AVX512BF16__)
 #define NT_BF16 1
@@ -45,6 +46,7 @@ struct NtMatrix {
   const uint8_t* slices;        // the weights as slices.h arranges them, where products go by them; else null
   const int64_t* slice_starts;  // where in them each block of rows begins
   int64_t slice_chunks;         // of a block of rows
+  int32_t slice_bits;           // of a column in them: 8, or 4 for distances
   int32_t type;                 // see Type
 };
 

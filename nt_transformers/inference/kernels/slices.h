@@ -5,13 +5,16 @@
 // The layout is SELL-C-sigma (Kreutzer et al. 2014, arXiv:1307.6209) within blocks. A block is the weights of up to 256
 // rows and of so many columns as the processor's byte shuffles can look up in registers, where the columns' activations
 // stay while the block is read. Its rows are sorted by their number of weights and taken a chunk at a time, one row to a
-// lane; a step holds the next weight of each row of a chunk: its column, a byte, and its value. Rows of a chunk that
-// have fewer weights than its longest are filled up with zeros, a tenth at a density of 0.2.
+// lane; a step holds the next weight of each row of a chunk: its column, a byte, or the distance from the one before,
+// half a byte (of bfloat16 values, where that takes less memory in all); and its value. Rows of a chunk that have fewer weights than its
+// longest are filled up with zeros, a tenth at a density of 0.2.
 //
 // A step takes the same time whatever the density is, and looks up as many weights as there are lanes; products by the
 // bitmap take the same time for each 32 columns instead, however few weights there are.
 
 #pragma once
+
+#include <vector>
 
 #include "matrix.h"
 
@@ -32,10 +35,9 @@ constexpr int kChunk = 16;
 constexpr int64_t kTable = 64;
 #endif
 
-typedef uint8_t Bytes __attribute__((vector_size(kChunk), may_alias));
-typedef uint32_t Words __attribute__((vector_size(kChunk), may_alias));
-typedef int32_t Integers __attribute__((vector_size(kChunk)));
-typedef float Floats __attribute__((vector_size(kChunk), may_alias));
+using Bytes = Vector<uint8_t, kChunk>::Type;
+using Words = Vector<uint32_t, kLanes>::Type;
+using Integers = Vector<int32_t, kLanes>::Type;
 
 inline Bytes load_bytes(const uint8_t* from) { return *reinterpret_cast<const Bytes*>(from); }
 
@@ -142,73 +144,93 @@ class Table {
 // bfloat16 activations as slices read them: for each block of columns their lower bytes, then their upper ones.
 inline int64_t plane_bytes(int64_t columns) { return 2 * round_up(columns, kTable); }
 
-template <typename From> void to_planes(const From* x, int64_t columns, uint8_t* planes) {
+template <typename From> void to_planes(const From* x, int64_t columns, float unit, uint8_t* planes) {
   for (int64_t first = 0; first < columns; first += kTable, planes += 2 * kTable) {
     const int64_t count = std::min(columns - first, kTable);
     for (int64_t i = 0; i < count; ++i) {
-      const uint16_t bits = to_bfloat16(to_float(x[first + i])).bits;
+      const uint16_t bits = to_bfloat16(to_float(x[first + i]) * unit).bits;
       planes[i] = static_cast<uint8_t>(bits);
       planes[kTable + i] = static_cast<uint8_t>(bits >> 8);
     }
   }
 }
 
-// Row `q` of a chunk is in lane `q % quarter` of the sums number `q / quarter`. What is interleaved and then taken apart
+// Row `q` of a chunk is in lane `q % kLanes` of the sums number `q / kLanes`. What is interleaved and then taken apart
 // into even and odd 16 bits comes from this byte of a register, and becomes this one of two registers' 16 bits.
-constexpr int kQuarter = kChunk / 4;
 constexpr int byte_of(int q) {
-  const int sum = q / kQuarter, lane = q % kQuarter;
+  const int sum = q / kLanes, lane = q % kLanes;
   return lane / 4 * 16 + 2 * lane % 8 + sum % 2 + sum / 2 * 8;
 }
 constexpr int half_of(int q) {
-  const int sum = q / kQuarter, lane = q % kQuarter;
-  return sum / 2 * 2 * kQuarter + 2 * lane + sum % 2;
+  const int sum = q / kLanes, lane = q % kLanes;
+  return sum / 2 * 2 * kLanes + 2 * lane + sum % 2;
 }
 
-template <typename V> constexpr int64_t kStepBytes = kChunk * (1 + sizeof(V));
+// Where the steps of a chunk have their columns, `Bits` each, and their values. The columns of 8 / Bits steps share a
+// register, which the values of those steps follow.
+template <typename V, int Bits> struct Steps {
+  static constexpr int64_t kTogether = 8 / Bits, kValues = kChunk * sizeof(V);
+  static int64_t bytes(int64_t steps) { return (steps + kTogether - 1) / kTogether * kChunk + steps * kValues; }
+  static int64_t columns(int64_t step) { return step / kTogether * (kChunk + kTogether * kValues); }
+  static int64_t values(int64_t step) { return columns(step) + kChunk + step % kTogether * kValues; }
+};
 
 // The bytes before a block's steps: the row of each sum, and the number of steps of each chunk.
 inline int64_t header_bytes(int64_t chunks) { return round_up(chunks * (kChunk + sizeof(uint16_t)), kChunk); }
 
-inline Floats even(Bytes halves) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(halves) << 16); }
-inline Floats odd(Bytes halves) { return reinterpret_cast<Floats>(reinterpret_cast<Words>(halves) & 0xffff0000u); }
+inline Lanes even(Bytes halves) { return reinterpret_cast<Lanes>(reinterpret_cast<Words>(halves) << 16); }
+inline Lanes odd(Bytes halves) { return reinterpret_cast<Lanes>(reinterpret_cast<Words>(halves) & 0xffff0000u); }
 
 // Register 0 or 1 of a step's values, as the upper bits of float32 or, of int8, of whole numbers.
 template <int N> Bytes read_halves(const uint8_t* from, BFloat16) { return load_bytes(from + N * kChunk); }
 template <int N> Bytes read_halves(const uint8_t* from, int8_t) {
   return N == 0 ? interleave_lower(Bytes{}, load_bytes(from)) : interleave_upper(Bytes{}, load_bytes(from));
 }
-constexpr float kInt8Unit = 0x1p-24f;
-inline Floats value(Floats bits, BFloat16) { return bits; }
-inline Floats value(Floats bits, int8_t) {
-  return __builtin_convertvector(reinterpret_cast<Integers>(bits), Floats);
-}
+inline Lanes value(Lanes bits, BFloat16) { return bits; }
+inline Lanes value(Lanes bits, int8_t) { return __builtin_convertvector(reinterpret_cast<Integers>(bits), Lanes); }
+// Of the activations, whose products are with those values.
+template <typename V> constexpr float kUnit = std::is_same_v<V, int8_t> ? 0x1p-24f : 1;
 
 // Adds the products of a block with `planes`, the activations of its columns, to `sums` [rows]; returns the block's end.
-template <typename V>
+template <typename V, int Bits>
 inline __attribute__((always_inline)) const uint8_t* add_block(const uint8_t* block, int64_t chunks,
                                                                const uint8_t* planes, float* sums) {
+  using Layout = Steps<V, Bits>;
   const Table lower(planes), upper(planes + kTable);
   const uint8_t* const rows = block;
   const uint16_t* const steps = reinterpret_cast<const uint16_t*>(block + chunks * kChunk);
   alignas(64) float products[kBlockRows];
   block += header_bytes(chunks);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    Floats own[4] = {};
-    for (int step = steps[chunk]; step > 0; --step, block += kStepBytes<V>) {
-      for (int64_t line = 0; line < kStepBytes<V>; line += 64) __builtin_prefetch(block + line + kPrefetchSlices);
-      const Bytes columns = load_bytes(block);
+    Lanes own[4] = {};
+    const auto add = [&](Bytes columns, const uint8_t* values) {
       const Bytes low = lower.at(columns), high = upper.at(columns);
-      const auto add = [&](Bytes activations, Bytes values, Floats* to) {
-        to[0] += value(even(values), V{}) * even(activations);
-        to[1] += value(odd(values), V{}) * odd(activations);
+      const auto add_half = [&](Bytes activations, Bytes halves, Lanes* to) {
+        to[0] += value(even(halves), V{}) * even(activations);
+        to[1] += value(odd(halves), V{}) * odd(activations);
       };
-      add(interleave_lower(low, high), read_halves<0>(block + kChunk, V{}), own);
-      add(interleave_upper(low, high), read_halves<1>(block + kChunk, V{}), own + 2);
+      add_half(interleave_lower(low, high), read_halves<0>(values, V{}), own);
+      add_half(interleave_upper(low, high), read_halves<1>(values, V{}), own + 2);
+    };
+    const int64_t all = steps[chunk];
+    Bytes columns = {};
+    for (int64_t step = 0; step < all; step += Layout::kTogether) {
+      const uint8_t* const from = block + Layout::columns(step);
+      for (int64_t line = 0; line < Layout::bytes(Layout::kTogether); line += 64)
+        __builtin_prefetch(from + line + kPrefetchSlices);
+      if constexpr (Bits == 8) {
+        add(load_bytes(from), from + Layout::values(0));
+      } else {
+        const Bytes both = load_bytes(from);
+        add(columns += both & 15, from + Layout::values(0));
+        if (step + 1 == all) break;
+        add(columns += both >> 4, from + Layout::values(1));
+      }
     }
+    block += Layout::bytes(all);
     float* const to = products + chunk * kChunk;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) *reinterpret_cast<Floats*>(to + i * kQuarter) = own[i];
+    for (int i = 0; i < 4; ++i) store_lanes(own[i], to + i * kLanes);
   }
 #pragma GCC unroll 16
   for (int64_t i = 0; i < chunks * kChunk; ++i) sums[rows[i]] += products[i];
@@ -220,18 +242,43 @@ inline int64_t chunks_of(int64_t rows, int64_t threads) {
   return std::clamp<int64_t>(rows / (2 * threads * kChunk), 1, kBlockRows / kChunk);
 }
 
-// The rows of a block, those with the most weights first.
-struct Sorted {
+// Calls `take(column, exists)` with the entries of a row, whose words of a block are `bits`: each weight's column, or of
+// 4 bits its distance from the one before, where longer ones take several entries, the last of which exists.
+template <int Bits, typename Take> void each_entry(const NtWord* bits, int64_t words, Take&& take) {
+  int64_t before = 0;
+  for (int64_t word = 0; word < words; ++word)
+    for (uint32_t left = bits[word]; left; left &= left - 1) {
+      const int64_t column = word * kBits + __builtin_ctz(left);
+      if constexpr (Bits == 8) {
+        take(column, true);
+      } else {
+        for (; column - before > 15; before += 15) take(15, false);
+        take(column - before, true);
+        before = column;
+      }
+    }
+}
+
+template <int Bits> int64_t count_entries(const NtWord* bits, int64_t words) {
+  int64_t count = 0;
+  if constexpr (Bits == 8)
+    for (int64_t word = 0; word < words; ++word) count += __builtin_popcount(bits[word]);
+  else
+    each_entry<Bits>(bits, words, [&](int64_t, bool) { ++count; });
+  return count;
+}
+
+// The rows of a block, those with the most entries first.
+template <int Bits> struct Sorted {
   int64_t counts[kBlockRows] = {};
   uint8_t order[kBlockRows];
 
   // Of `rows` rows from `first` on, filled up by empty ones to `all`; of the words from `begin` to `end`.
   Sorted(const NtMatrix& a, int64_t first, int64_t rows, int64_t all, int64_t begin, int64_t end) {
     const int64_t words = words_per_row(a.columns);
-    int64_t places[kTable + 2] = {};  // where rows of kTable, kTable - 1, ... weights begin
+    int64_t places[kTable + 2] = {};  // where rows of kTable, kTable - 1, ... entries begin
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t word = begin; word < end; ++word)
-        counts[row] += __builtin_popcount(a.bitmap[(first + row) * words + word]);
+      counts[row] = count_entries<Bits>(a.bitmap + (first + row) * words + begin, end - begin);
     for (int64_t row = 0; row < all; ++row) ++places[kTable - counts[row] + 1];
     for (int64_t place = 0; place <= kTable; ++place) places[place + 1] += places[place];
     for (int64_t row = 0; row < all; ++row) order[places[kTable - counts[row]]++] = static_cast<uint8_t>(row);
@@ -239,64 +286,86 @@ struct Sorted {
   int64_t steps(int64_t chunk) const { return counts[order[chunk * kChunk]]; }
 };
 
-// Writes lane `q` of a chunk's steps: the weights of a row that `bits`, the words of a block, tell of. Returns the next.
-template <typename V>
-const V* write_lane(const NtWord* bits, int64_t words, const V* values, int q, uint8_t* step) {
+// Writes lane `q` of a chunk's steps: a row, whose words of a block are `bits`. Returns the row's next values.
+template <typename V, int Bits>
+const V* write_lane(const NtWord* bits, int64_t words, const V* values, int q, uint8_t* steps) {
+  using Layout = Steps<V, Bits>;
   const int64_t place = sizeof(V) == 1 ? byte_of(q) : half_of(q);
-  for (int64_t word = 0; word < words; ++word)
-    for (uint32_t left = bits[word]; left; left &= left - 1, step += kStepBytes<V>) {
-      step[byte_of(q)] = static_cast<uint8_t>(word * kBits + __builtin_ctz(left));
-      std::memcpy(step + kChunk + place * sizeof(V), values++, sizeof(V));
-    }
+  int64_t step = 0;
+  each_entry<Bits>(bits, words, [&](int64_t column, bool exists) {
+    steps[Layout::columns(step) + byte_of(q)] |= static_cast<uint8_t>(column << step % Layout::kTogether * Bits);
+    if (exists) std::memcpy(steps + Layout::values(step) + place * sizeof(V), values++, sizeof(V));
+    ++step;
+  });
   return values;
 }
 
-// Writes the blocks of the rows from `first` on to `out`, if there is one; returns their bytes.
-template <typename V> int64_t slice_rows(const NtMatrix& a, int64_t first, int64_t chunks, uint8_t* const out) {
+// The bytes of the blocks of the rows from `first` on, which are written to `out` if there is one.
+template <typename V, int Bits> int64_t slice_rows(const NtMatrix& a, int64_t first, int64_t chunks, uint8_t* out) {
   const int64_t words = words_per_row(a.columns), all = chunks * kChunk, rows = std::min(all, a.rows - first);
   const V* values[kBlockRows];
   for (int64_t row = 0; row < rows; ++row) values[row] = static_cast<const V*>(a.values) + a.starts[first + row];
   int64_t bytes = 0;
   for (int64_t begin = 0; begin < words; begin += kTable / kBits) {
     const int64_t end = std::min(words, begin + kTable / kBits);
-    const Sorted sorted(a, first, rows, all, begin, end);
-    uint8_t* const header = out + bytes;
+    const Sorted<Bits> sorted(a, first, rows, all, begin, end);
+    const auto write_chunk = [&](int64_t chunk, uint16_t steps, uint8_t* header, uint8_t* to) {
+      std::memcpy(header + all + chunk * sizeof steps, &steps, sizeof steps);
+      std::memset(to, 0, Steps<V, Bits>::bytes(steps));
+      for (int q = 0; q < kChunk; ++q)
+        if (const int64_t row = sorted.order[chunk * kChunk + q]; row < rows) {
+          const NtWord* const bits = a.bitmap + (first + row) * words + begin;
+          values[row] = write_lane<V, Bits>(bits, end - begin, values[row], q, to);
+        }
+    };
+    const int64_t header = bytes;
+    if (out) std::memcpy(out + header, sorted.order, all);
     bytes += header_bytes(chunks);
-    if (out) std::memcpy(header, sorted.order, all);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const uint16_t steps = static_cast<uint16_t>(sorted.steps(chunk));
-      if (out) {
-        std::memcpy(header + all + chunk * sizeof steps, &steps, sizeof steps);
-        std::memset(out + bytes, 0, steps * kStepBytes<V>);
-        for (int q = 0; q < kChunk; ++q)
-          if (const int64_t row = sorted.order[chunk * kChunk + q]; row < rows)
-            values[row] = write_lane(a.bitmap + (first + row) * words + begin, end - begin, values[row], q, out + bytes);
-      }
-      bytes += steps * kStepBytes<V>;
+      const int64_t steps = sorted.steps(chunk);
+      if (out) write_chunk(chunk, static_cast<uint16_t>(steps), out + header, out + bytes);
+      bytes += Steps<V, Bits>::bytes(steps);
     }
   }
   return bytes;
 }
 
 // Calls `take(index, first row, chunks)` for every block of rows.
-template <typename Take> void each_block(const NtMatrix& a, int64_t chunks, Take&& take) {
-  const int64_t step = chunks * kChunk;
+template <typename Take> void each_block(const NtMatrix& a, Take&& take) {
+  const int64_t step = a.slice_chunks * kChunk;
 #pragma omp parallel for schedule(dynamic)
   for (int64_t first = 0; first < a.rows; first += step)
-    take(first / step, first, std::min(chunks, (a.rows - first + kChunk - 1) / kChunk));
+    take(first / step, first, std::min(a.slice_chunks, (a.rows - first + kChunk - 1) / kChunk));
 }
 
-template <typename V> void measure_slices(const NtMatrix& a, int64_t chunks, int64_t* starts) {
-  each_block(a, chunks, [&](int64_t block, int64_t first, int64_t own) {
-    starts[block + 1] = slice_rows<V>(a, first, own, nullptr);
+// Calls `function` with a value of the type of the values, and with `bits`, those of a column, as a constant.
+template <typename F> void with_slices(const NtMatrix& a, int32_t bits, F&& function) {
+  if (a.type == kInt8)
+    function(int8_t{}, std::integral_constant<int, 8>{});  // distances would take more instructions, not less time
+  else if (bits == 8)
+    function(BFloat16{}, std::integral_constant<int, 8>{});
+  else
+    function(BFloat16{}, std::integral_constant<int, 4>{});
+}
+
+// Where blocks of rows begin, and the last one ends, if columns take so many bits.
+inline std::vector<int64_t> measure_slices(const NtMatrix& a, int32_t bits) {
+  const int64_t step = a.slice_chunks * kChunk;
+  std::vector<int64_t> starts((a.rows + step - 1) / step + 1);
+  with_slices(a, bits, [&](auto value, auto own_bits) {
+    each_block(a, [&](int64_t block, int64_t first, int64_t chunks) {
+      starts[block + 1] = slice_rows<decltype(value), own_bits>(a, first, chunks, nullptr);
+    });
   });
-  starts[0] = 0;
-  for (int64_t row = 0, block = 0; row < a.rows; row += chunks * kChunk, ++block) starts[block + 1] += starts[block];
+  for (size_t block = 1; block < starts.size(); ++block) starts[block] += starts[block - 1];
+  return starts;
 }
 
-template <typename V> void write_slices(const NtMatrix& a, uint8_t* out) {
-  each_block(a, a.slice_chunks, [&](int64_t block, int64_t first, int64_t own) {
-    slice_rows<V>(a, first, own, out + a.slice_starts[block]);
+inline void write_slices(const NtMatrix& a, uint8_t* out) {
+  with_slices(a, a.slice_bits, [&](auto value, auto bits) {
+    each_block(a, [&](int64_t block, int64_t first, int64_t chunks) {
+      slice_rows<decltype(value), bits>(a, first, chunks, out + a.slice_starts[block]);
+    });
   });
 }
 

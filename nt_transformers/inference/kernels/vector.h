@@ -55,7 +55,8 @@ class Input {
   template <typename X, typename From> void set(const NtMatrix& a, int64_t tokens, int64_t token, const From* x) {
     const int64_t columns = a.columns;
     float* to = data_.data() + token * stride_;
-    if (by_slices<X>(a, tokens)) return to_planes(x, columns, reinterpret_cast<uint8_t*>(to));
+    if (by_slices<X>(a, tokens))
+      return to_planes(x, columns, a.type == kInt8 ? kUnit<int8_t> : 1, reinterpret_cast<uint8_t*>(to));
     const int64_t padded = round_up(columns, kInputStep);
     for (int64_t i = 0; i < columns; ++i) to[i] = to_float(x[i]);
     std::memset(to + columns, 0, sizeof(float) * (padded - columns));
@@ -527,7 +528,7 @@ constexpr int kRegisters = 16;
 constexpr int64_t kFewTokens = 16;  // of which these kernels are quicker than those for tiles of tokens
 
 // As `each_row`, by slices.
-template <typename V, typename Take>
+template <typename V, int Bits, typename Take>
 void each_sliced_row(const NtMatrix& a, const Tokens& x, int64_t tokens, Take&& take) {
   const int64_t step = a.slice_chunks * kChunk;
   // Threads take blocks as they get to them: their number is small, and seldom a multiple of that of the threads.
@@ -538,12 +539,12 @@ void each_sliced_row(const NtMatrix& a, const Tokens& x, int64_t tokens, Take&& 
     const uint8_t* block = a.slices + a.slice_starts[first / step];
     for (int64_t column = 0; column < a.columns; column += kTable) {
       const uint8_t* const from = block;
-      for (int64_t t = 0; t < tokens; ++t) block = add_block<V>(from, chunks, x.bytes(t) + 2 * column, sums[t]);
+      for (int64_t t = 0; t < tokens; ++t) block = add_block<V, Bits>(from, chunks, x.bytes(t) + 2 * column, sums[t]);
     }
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t t = 0; t < tokens; ++t) {
         const float sum = sums[t][row];
-        take(first + row, t, std::is_same_v<V, int8_t> ? sum * kInt8Unit * a.scales[first + row] : sum);
+        take(first + row, t, a.scales ? sum * a.scales[first + row] : sum);
       }
   }
 }
@@ -552,10 +553,12 @@ void each_sliced_row(const NtMatrix& a, const Tokens& x, int64_t tokens, Take&& 
 // waiting for them. X: type of the activations.
 template <typename X, typename Take>
 void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t tokens, Take&& take) {
+  if (by_slices<X>(a, tokens))
+    return with_slices(a, a.slice_bits, [&](auto value, auto bits) {
+      each_sliced_row<decltype(value), bits>(a, x.from(first_token), tokens, take);
+    });
   with_type(a.type, [&](auto type) {
     using V = decltype(type);
-    if constexpr (std::is_same_v<V, BFloat16> || std::is_same_v<V, int8_t>)
-      if (by_slices<X>(a, tokens)) return each_sliced_row<V>(a, x.from(first_token), tokens, take);
     if (by_places(a, tokens)) {
 #pragma omp for schedule(static) nowait
       for (int64_t row = 0; row < a.rows; ++row) take(row, 0, dot_places<V>(a, row, x.from(first_token).floats(0)));
