@@ -8,6 +8,7 @@ arithmetic. Here the whole stack (norms, rotary embedding, attention, key-value 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -133,6 +134,30 @@ class _Tokens(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A plan, the memory that it points to, and the tensors of modules that it was made of."""
+
+    plan: _Plan
+    memory: list[Any]
+    sources: list[tuple[dict[str, torch.Tensor | None], str]]
+    state: object
+
+    @classmethod
+    def of(cls, plan: _Plan, memory: list[Any], modules: Sequence[nn.Module]) -> _Made:
+        """Of all tensors of these modules."""
+        owners: list[Any] = [tensors for each in modules for tensors in (each._parameters, each._buffers)]
+        sources = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
+        tensors = [owner[name].detach() for owner, name in sources]
+        # Kept, so that no other tensor comes to lie where one of them was.
+        return cls(plan, [*memory, *tensors], sources, native.state_of(tensors))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether one of the tensors has changed, or been replaced, since."""
+        return native.state_of([cast(torch.Tensor, owner[name]) for owner, name in self.sources]) != self.state
+
+
 class Decoder:
     """Takes over `model.model.forward` wherever the kernels can do it and are as quick; the rest goes the usual way.
 
@@ -147,19 +172,12 @@ class Decoder:
         self._usual_forward = self.model.forward
         # Assisted generation by early exit lowers the number in the configuration for a while.
         self._depth = self.model.config.num_hidden_layers
-        self._plans: dict[tuple[bool, tuple[int, ...], bool], _Plan] = {}
-        # What the plans point to, and where the values are.
-        self._memory: list[Any] = []
-        self._addresses: list[tuple[torch.Tensor, int]] = []
-        self._quicker: dict[tuple[bool, tuple[int, ...], int, int], bool] = {}
+        self._plans: dict[tuple[bool, tuple[int, ...], bool], _Made] = {}
+        self._quicker: dict[tuple[bool, tuple[int, ...], int, torch.dtype, int], bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes plans of its own weights.
-        return self.__dict__ | {"_plans": {}, "_memory": [], "_addresses": [], "_quicker": {}}
-
-    def forget(self) -> None:
-        """Has plans made anew, of weights that have changed."""
-        self.__dict__ |= self.__getstate__()
+        return self.__dict__ | {"_plans": {}, "_quicker": {}}
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -187,7 +205,6 @@ class Decoder:
             decoder = cls(cast(NeuroTrailsLlamaForCausalLM, model))
             decoder.model.forward = decoder.forward
             cast(Any, decoder.model)._apply = decoder.apply_to_weights
-            decoder.model.register_load_state_dict_post_hook(_forget_plans)
 
     @classmethod
     def remove(cls, model: nn.Module) -> None:
@@ -205,7 +222,6 @@ class Decoder:
     def apply_to_weights(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """As `nn.Module._apply`, which `.to()` and its like go through."""
         check_stays_on_cpu(fn)
-        self.forget()
         return type(self.model)._apply(self.model, fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -304,7 +320,7 @@ class Decoder:
         """Whether the kernels multiply so many tokens in all of these layers at least as quickly as torch."""
         if self.model.dtype not in native.ACTIVATIONS:
             return False
-        key = backbone, tuple(heads), tokens, torch.get_num_threads()
+        key = backbone, tuple(heads), tokens, self.model.dtype, torch.get_num_threads()
         if key not in self._quicker:
             layers = (layer for module in self._modules(backbone, heads) for layer in module.modules())
             self._quicker[key] = tokens > 0 and not any(
@@ -337,7 +353,9 @@ class Decoder:
         stems = stems.float().contiguous()
         batch, length = stems.shape[-3:-1]
         cosine, sine = (part.expand(batch, length, -1).float().contiguous() for part in rotary)
-        plan = self._plan(backbone, heads, batch * length <= products.FEW_TOKENS)
+        # Held until the kernels are done: another thread may make another one.
+        made = self._plan(backbone, heads, batch * length <= products.FEW_TOKENS)
+        plan = made.plan
         out = torch.empty(plan.heads, batch, length, plan.hidden, dtype=torch.float32)
         layers = cached.layers
         for layer in layers:
@@ -366,71 +384,41 @@ class Decoder:
             layer.extend(cached.filled + length)
         return out.to(self.model.dtype)
 
-    def _plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Plan:
+    def _plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Made:
         """The plan of these layers, for one or two tokens or for more."""
         key = backbone, tuple(heads), few
-        if any(values.data_ptr() != address for values, address in self._addresses):
-            self.forget()
-        if key not in self._plans:
-            self._plans[key] = self._build_plan(backbone, heads, few)
+        if key not in self._plans or self._plans[key].outdated:
+            self._plans[key] = self._make_plan(backbone, heads, few)
         return self._plans[key]
 
-    def _build_plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Plan:
+    def _make_plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Made:
         config = self.model.config
-        modules = self._modules(backbone, heads)
-        if few:
-            self._slice(modules)
-        layers = self._describe_all(modules)
+        layers: list[Any] = self._modules(backbone, heads)
         # A backbone by itself is one stream without a final norm.
-        norms: list[int | None] = [self._pointer(cast(Any, self.model.heads[m]).norm.weight) for m in heads]
-        norms = norms or [None]
-        return _Plan(
+        final = [cast(Any, self.model.heads[m]).norm for m in heads]
+        matrices = [_matrices(layer) for layer in layers]
+        if few:
+            for names, own in itertools.product(_SAME_INPUT, matrices):
+                products.arrange([own[name] for name in names], self.model.dtype)
+        norms = [(_float_copy(layer.input_layernorm), _float_copy(layer.post_attention_layernorm)) for layer in layers]
+        final_norms = [_float_copy(norm) for norm in final]
+        plan = _Plan(
             config.hidden_size,
             config.intermediate_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
             config.num_backbone_layers if backbone else 0,
-            len(norms),
+            max(len(final), 1),
             config.num_head_layers if heads else 0,
-            (_Layer * len(layers))(*layers),
-            (ctypes.c_void_p * len(norms))(*norms),
+            (_Layer * len(layers))(*(_describe(*each) for each in zip(matrices, norms, strict=True))),
+            (ctypes.c_void_p * max(len(final), 1))(*(norm.data_ptr() for norm in final_norms)),
             config.rms_norm_eps,
             config.head_dim**-0.5,
             self.model.dtype == torch.bfloat16,
         )
-
-    def _slice(self, layers: list[Any]) -> None:
-        """Keeps slices of what multiplies the same input, where they are quicker for all of it."""
-        matrices = [_matrices(layer) for layer in layers]
-        for names in _SAME_INPUT:
-            group = [each[name] for each in matrices for name in names]
-            if all(products.quicker_sliced(matrix, self.model.dtype) for matrix in group):
-                for matrix in group:
-                    matrix.slice()
-
-    def _describe_all(self, layers: list[Any]) -> list[_Layer]:
-        """The layers; what multiplies the same input goes by columns or by slices in all of them or in none."""
-        described = [self._describe(layer) for layer in layers]
-        for names in _SAME_INPUT:
-            matrices = [getattr(layer, name) for layer in described for name in names]
-            for way in ("places", "slices"):
-                if not all(getattr(matrix, way) for matrix in matrices):
-                    for matrix in matrices:
-                        setattr(matrix, way, None)
-        return described
-
-    def _describe(self, layer: Any) -> _Layer:
-        matrices = _matrices(layer).values()
-        self._memory += matrices
-        self._addresses += [(matrix.values, matrix.values.data_ptr()) for matrix in matrices]
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        return _Layer(*(matrix.structure for matrix in matrices), *(self._pointer(norm.weight) for norm in norms))
-
-    def _pointer(self, weight: torch.Tensor) -> int:
-        """Where a float32 copy of the weight is."""
-        self._memory.append(weight.detach().to(torch.float32, copy=True).contiguous())
-        return int(self._memory[-1].data_ptr())
+        modules = [*(module for layer in layers for module in layer.modules()), *final]
+        return _Made.of(plan, [matrices, norms, final_norms], modules)
 
 
 # The matrices of a layer that multiply the same input.
@@ -452,11 +440,18 @@ def _matrices(layer: Any) -> dict[str, native.KernelMatrix]:
     return {name: module.kernel for name, module in modules.items()}
 
 
-def _forget_plans(model: Any, _: Any) -> None:
-    """Plans hold copies of the norms and where the rows of the weights begin."""
-    owner = getattr(model.forward, "__self__", None)
-    if isinstance(owner, Decoder):
-        owner.forget()
+def _describe(matrices: dict[str, native.KernelMatrix], norms: Sequence[torch.Tensor]) -> _Layer:
+    """A layer; what multiplies the same input goes by columns or by slices in all of its matrices or in none."""
+    described = {name: native.Matrix.from_buffer_copy(matrix.structure) for name, matrix in matrices.items()}
+    for names, way in itertools.product(_SAME_INPUT, ("places", "slices")):
+        if not all(getattr(described[name], way) for name in names):
+            for name in names:
+                setattr(described[name], way, None)
+    return _Layer(*described.values(), *(norm.data_ptr() for norm in norms))
+
+
+def _float_copy(norm: Any) -> torch.Tensor:
+    return cast(torch.Tensor, norm.weight.detach().to(torch.float32, copy=True).contiguous())
 
 
 def _decoder_layers(model: Any, heads: Any) -> list[nn.Module]:

@@ -70,35 +70,38 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # What `.to()`, `.half()` and their like go through; the kernels point to the weight as it is.
         check_stays_on_cpu(fn)
-        before, stored = self._addresses(), {name: self._buffers[name] for name in PARTS}
+        stored = {name: self._buffers[name] for name in PARTS}
         super()._apply(fn, recurse)
         for name, part in stored.items():
             if part is not None and cast(torch.Tensor, self._buffers[name]).dtype != part.dtype:
                 self._buffers[name] = part
-        if self._addresses() != before:
-            self._forget_kernel()
+        self._forget_outdated()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._forget_kernel()
-
-    def _addresses(self) -> list[int]:
-        return [part.data_ptr() for part in (self.bitmap, self.values, self.scales) if part is not None]
-
-    def _forget_kernel(self) -> None:
         self._kernel, self._prepared = None, False
 
+    def _forget_outdated(self) -> None:
+        """Has the weight prepared anew if it has changed since."""
+        if self._kernel is not None and self._kernel.state != native.state_of(self.parts()):
+            self._kernel, self._prepared = None, False
+
+    def parts(self) -> list[torch.Tensor]:
+        """Of the weight: see `SparseMatrix`."""
+        return [part for name in PARTS if (part := self._buffers[name]) is not None]
+
     def prepare(self) -> None:
-        """Checks the weight and hands it to the kernels, once; done by itself before the first product.
+        """Checks the weight and hands it to the kernels, once and after changes; done by itself before products.
 
         Raises:
             ValueError: the parts of the weight do not belong together: the file was damaged.
         """
-        if self._prepared and not (self._kernel and self._kernel.moved):
+        self._forget_outdated()
+        if self._prepared:
             return
         if native.available():
-            self._kernel = native.KernelMatrix(self.matrix, may_slice=self.fast_decoding)
+            self._kernel = native.KernelMatrix(self.matrix, fast_decoding=self.fast_decoding)
         else:
             self.matrix.check()
         self._prepared = True

@@ -80,10 +80,14 @@ class SparseMatrix:
         """Rows and columns."""
         return self.nonzeros // self.columns if self.bitmap is None else len(self.bitmap), self.columns
 
+    def parts(self) -> list[torch.Tensor]:
+        """Bitmap, values and scales, as far as there are."""
+        return [part for part in (self.bitmap, self.values, self.scales) if part is not None]
+
     @property
     def nbytes(self) -> int:
-        """Bytes of bitmap, values and scales."""
-        return sum(part.nbytes for part in (self.bitmap, self.values, self.scales) if part is not None)
+        """Bytes of its parts."""
+        return sum(part.nbytes for part in self.parts())
 
     def row_counts(self) -> torch.Tensor:
         """int64 [rows], how many weights of each row exist."""

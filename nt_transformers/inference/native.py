@@ -8,7 +8,8 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 PREBUILT = Path(__file__).with_name("prebuilt")
 # The fewest rows that are sliced together.
 _CHUNK = 16
-_SLICING = threading.Lock()
+_ARRANGING = threading.Lock()
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 # The types that activations and key-value caches may have.
 ACTIVATIONS = {torch.bfloat16: 0, torch.float32: 2}
@@ -67,36 +68,30 @@ class KernelMatrix:
         matrix: The matrix.
         index: int64 [1, rows + 1], where in the values each row begins and the last one ends, and for int8
             [2, rows + 1], also the sum of each row's values; computed unless given.
-        may_slice: Whether the weights may be kept a second time, as slices.
+        fast_decoding: Whether more than the matrix may be kept, for products with one or two tokens.
+
+    Attributes:
+        state: `state_of` the matrix's parts, as they were then.
 
     Raises:
         ValueError: the parts of the matrix do not belong together (checked unless `index` is given).
     """
 
-    def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None, *, may_slice: bool = True) -> None:
+    def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None, *, fast_decoding: bool = True) -> None:
         self._matrix = matrix
-        self._slices: tuple[torch.Tensor, torch.Tensor] | None = None
-        # Those of other types are multiplied with float32 activations, which are not looked up.
-        self.may_slice = may_slice and matrix.bitmap is not None and self.fits_bfloat16
-        self.values = matrix.values.contiguous()
-        self._places = None
         self._kernels = kernels()
-        if index is None:
-            index = self._build_index(matrix.check())
-            # Not for the operator, which comes here for every product.
-            self._places = _places(matrix)
-        self.index = index
+        self.fast_decoding = fast_decoding
+        self.values = matrix.values.contiguous()
+        self.index = self._build_index(matrix.check()) if index is None else index
         bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
         scales = None if matrix.scales is None else matrix.scales.float()
-        sums = index[1] if len(index) > 1 else None
-        self._memory = (bitmap, self.values, index[0], scales, sums, self._places)
+        sums = self.index[1] if len(self.index) > 1 else None
+        self._memory = (bitmap, self.values, self.index[0], scales, sums)
+        # What is kept besides, by its name in `structure`.
+        self._extra: dict[str, torch.Tensor] = {}
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
-        self.structure = Matrix(*matrix.shape, *pointers, None, None, 0, 0, _TYPES[matrix.values.dtype])
-
-    @property
-    def moved(self) -> bool:
-        """Whether the values lie elsewhere by now, as after sharing them with another process."""
-        return self.values.data_ptr() != self.structure.values
+        self.structure = Matrix(*matrix.shape, *pointers, None, None, None, 0, 0, _TYPES[matrix.values.dtype])
+        self.state = state_of(matrix.parts())
 
     def _build_index(self, counts: torch.Tensor) -> torch.Tensor:
         """What `index` is, from the number of values in each row."""
@@ -109,26 +104,66 @@ class KernelMatrix:
 
     def __reduce__(self) -> tuple[Callable[..., KernelMatrix], tuple[SparseMatrix]]:
         # Copies point to memory of their own.
-        return functools.partial(KernelMatrix, may_slice=self.may_slice), (self._matrix,)
+        return functools.partial(KernelMatrix, fast_decoding=self.fast_decoding), (self._matrix,)
+
+    def clone(self) -> KernelMatrix:
+        """With memory of its own for what products read."""
+        bitmap = None if self._matrix.bitmap is None else self._matrix.bitmap.clone()
+        matrix = replace(self._matrix, bitmap=bitmap, values=self.values.clone())
+        clone = KernelMatrix(matrix, self.index, fast_decoding=self.fast_decoding)
+        clone._keep(self.structure, **{name: part.clone() for name, part in self._extra.items()})
+        return clone
+
+    def _keep(self, layout: Matrix, **extra: torch.Tensor) -> None:
+        """Keeps more than the matrix, slices as `layout` describes them."""
+        # Never in place, and nothing is ever freed: plans, and products in other threads, point to it.
+        structure = Matrix.from_buffer_copy(self.structure)
+        structure.slice_chunks, structure.slice_bits = layout.slice_chunks, layout.slice_bits
+        for name, part in extra.items():
+            setattr(structure, name, part.data_ptr())
+        self._extra |= extra
+        self.structure = structure
+
+    @property
+    def may_slice(self) -> bool:
+        """Whether one or two bfloat16 tokens may be multiplied by slices."""
+        return self.fast_decoding and self._matrix.bitmap is not None and self.fits_bfloat16
 
     def slice(self) -> None:
         """Keeps the weights as slices too, by which one or two tokens are multiplied from now on (bfloat16 ones)."""
         assert self.may_slice
-        # Once and for all: plans, and products in other threads, point to them.
-        with _SLICING:
-            if self._slices is None:
-                self._build_slices()
+        with _ARRANGING:
+            if "slices" not in self._extra:
+                layout, threads = Matrix.from_buffer_copy(self.structure), torch.get_num_threads()
+                starts = torch.zeros(layout.rows // _CHUNK + 2, dtype=torch.int64)
+                size = self._kernels.nt_measure_slices(layout, starts.data_ptr(), threads)
+                slices = torch.empty(size, dtype=torch.uint8)
+                layout.slice_starts = starts.data_ptr()
+                self._kernels.nt_slice(layout, slices.data_ptr(), threads)
+                self._keep(layout, slices=slices, slice_starts=starts)
 
-    def _build_slices(self) -> None:
-        """The slices, uint8, and where each block of rows begins in them."""
-        threads, structure = torch.get_num_threads(), Matrix.from_buffer_copy(self.structure)
-        starts = torch.zeros(structure.rows // _CHUNK + 2, dtype=torch.int64)
-        size = self._kernels.nt_measure_slices(structure, starts.data_ptr(), threads)
-        structure.slice_starts = starts.data_ptr()
-        slices = torch.empty(size, dtype=torch.uint8)
-        self._kernels.nt_slice(structure, slices.data_ptr(), threads)
-        structure.slices = slices.data_ptr()
-        self._slices, self.structure = (slices, starts), structure
+    @property
+    def may_list_columns(self) -> bool:
+        """Whether so few weights exist that a product with one token is quicker by their columns."""
+        rows, columns = self._matrix.shape
+        return (
+            self.fast_decoding
+            and self._matrix.bitmap is not None
+            and self._matrix.nonzeros < places_below(self.values.dtype) * rows * columns
+            and columns <= 1 << 16
+        )
+
+    def list_columns(self) -> None:
+        """Keeps the column of each value, by which one token is multiplied from now on unless by slices."""
+        assert self.may_list_columns
+        assert self._matrix.bitmap is not None
+        with _ARRANGING:
+            if "places" not in self._extra:
+                bits, columns = self._matrix.bitmap.numpy(), self._matrix.columns
+                exists = np.unpackbits(bits, axis=1, count=columns, bitorder="little")
+                # The kernels read eight at once.
+                places = np.pad(exists.nonzero()[1].astype(np.uint16), (0, 8))
+                self._keep(self.structure, places=torch.from_numpy(places))
 
     @property
     def nbytes(self) -> int:
@@ -137,13 +172,15 @@ class KernelMatrix:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that a product with one bfloat16 token reads: where it goes by slices or by the bitmap."""
-        return self.nbytes if self._slices is None else self._slices[0].nbytes
+        """Bytes that a product with one bfloat16 token reads."""
+        if "slices" in self._extra:
+            return self._extra["slices"].nbytes
+        return self.nbytes if "places" not in self._extra else self.values.nbytes + self._extra["places"].nbytes
 
     @property
     def extra_bytes(self) -> int:
         """Bytes that are kept besides the matrix."""
-        return sum(part.nbytes for part in (self.index, self._places, *(self._slices or ())) if part is not None)
+        return self.index.nbytes + sum(part.nbytes for part in self._extra.values())
 
     @property
     def scales(self) -> torch.Tensor | None:
@@ -155,7 +192,7 @@ class KernelMatrix:
         """Whether bfloat16 holds the unscaled values exactly."""
         return self._matrix.values.dtype in (torch.bfloat16, torch.int8)
 
-    @property
+    @functools.cached_property
     def kind(self) -> Kind:
         """What matrices that take the same time have in common."""
         rows, columns = self._matrix.shape
@@ -255,17 +292,13 @@ def places_below(values: torch.dtype) -> float:
     return PLACES_BELOW_AVX512[values] if instruction_set().startswith("avx512") else PLACES_BELOW
 
 
-def _places(matrix: SparseMatrix) -> torch.Tensor | None:
-    """uint16 [nonzeros + 8], the column of each value and zeros; None where products go by the bitmap."""
-    rows, columns = matrix.shape
-    if (
-        matrix.bitmap is None
-        or matrix.nonzeros >= places_below(matrix.values.dtype) * rows * columns
-        or columns > 1 << 16
-    ):
-        return None
-    exists = np.unpackbits(matrix.bitmap.numpy(), axis=1, count=columns, bitorder="little")
-    return torch.from_numpy(np.pad(exists.nonzero()[1].astype(np.uint16), (0, 8)))
+def state_of(tensors: Sequence[torch.Tensor]) -> object:
+    """Differs once one of these tensors has changed or lies elsewhere, as after sharing it with another process."""
+    try:
+        changes = [each._version for each in tensors]
+    except RuntimeError:  # those made in inference mode do not count theirs
+        changes = []
+    return [each.data_ptr() for each in tensors], changes
 
 
 def _cache_folder() -> Path:

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from .matrix import SparseMatrix
 FEW_TOKENS = 2
 # The most tokens that are timed; more behave like these.
 MANY_TOKENS = 512
-# How much quicker torch or slices have to be: timing is not exact, and the kernels need no second copy.
-MARGIN = 0.9
+# How much quicker torch has to be, and slices: timing is not exact, and without them there is no second copy.
+MARGIN, SLICED_MARGIN = 0.9, 0.95
 # Bytes of weights that a cache of the last level hardly holds, and the most matrices that are copied to have them.
 OUT_OF_CACHE = 1 << 25
 MANY_COPIES = 64
@@ -32,8 +31,8 @@ def multiply(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
     Either by the sparse kernels or by torch on a dense copy, which lives as long as the product. What is quicker is
     measured once in a process for each shape, density (to 0.1), types and number of tokens (to a power of 2).
     """
-    if len(x) <= FEW_TOKENS and quicker_sliced(matrix, x.dtype):
-        matrix.slice()
+    if len(x) <= FEW_TOKENS:
+        arrange([matrix], x.dtype)
     dense = quicker_dense(matrix, len(x), x.dtype)
     return matrix.multiply(x) if dense is None else _multiply_dense(matrix, x, dense)
 
@@ -47,34 +46,54 @@ def quicker_dense(matrix: native.KernelMatrix, tokens: int, dtype: torch.dtype) 
     if key not in _timed:
         # Of its own generator: what is sampled does not depend on what was measured before.
         x = torch.randn(tokens, matrix.structure.columns, generator=torch.Generator(), dtype=torch.float32).to(dtype)
-        # Some processors take ten times as long in bfloat16.
-        types = {torch.float32, dtype if matrix.fits_bfloat16 else torch.float32}
-        dense = {each: _seconds(functools.partial(_multiply_dense, matrix, x, each)) for each in types}
-        quickest = min(dense, key=dense.__getitem__)
-        sparse = _seconds(lambda: matrix.multiply(x))
-        _timed[key] = quickest if dense[quickest] < MARGIN * sparse else None
+        most = MARGIN * _seconds(lambda: matrix.multiply(x))
+        # Some processors take ten times as long in bfloat16; float32 takes twice the memory.
+        types = dict.fromkeys((dtype if matrix.fits_bfloat16 else torch.float32, torch.float32))
+        quicker = (each for each in types if _seconds(functools.partial(_multiply_dense, matrix, x, each)) < most)
+        _timed[key] = next(quicker, None)
     return _timed[key]
 
 
-def quicker_sliced(matrix: native.KernelMatrix, dtype: torch.dtype) -> bool:
-    """Whether slices, which take memory besides, make products with one token of this type enough quicker.
+def arrange(matrices: Sequence[native.KernelMatrix], dtype: torch.dtype) -> None:
+    """Has matrices that multiply the same one or two tokens of this type do so as measures quickest for all of them.
+
+    By slices; by the columns of the weights, where few exist; or by the bitmap alone. See `KernelMatrix.slice` and
+    `list_columns`: both take memory besides.
+    """
+    if dtype == torch.bfloat16 and all(matrix.may_slice for matrix in matrices) and quicker_sliced(matrices):
+        for matrix in matrices:
+            matrix.slice()
+    elif all(matrix.may_list_columns for matrix in matrices):
+        for matrix in matrices:
+            matrix.list_columns()
+
+
+def quicker_sliced(matrices: Sequence[native.KernelMatrix]) -> bool:
+    """Whether slices make the products of these matrices with a bfloat16 token enough quicker, all in all."""
+    usual, sliced = map(sum, zip(*map(_seconds_of_one_token, matrices), strict=True))
+    return sliced < SLICED_MARGIN * usual
+
+
+def _seconds_of_one_token(matrix: native.KernelMatrix) -> tuple[float, float]:
+    """Of a product with a bfloat16 token, without slices and with them.
 
     Measured once in a process for each shape, density (to 0.1) and type, on copies that no cache holds.
     """
-    if not matrix.may_slice or dtype != torch.bfloat16:
-        return False
     key = matrix.kind, torch.get_num_threads()
     if key not in _timed_sliced:
-        copies = [copy.deepcopy(matrix) for _ in range(max(1, min(OUT_OF_CACHE // matrix.nbytes, MANY_COPIES)))]
-        x = torch.zeros(1, matrix.structure.columns, dtype=dtype)
+        x = torch.zeros(1, matrix.structure.columns, dtype=torch.bfloat16)
+        count = max(1, min(OUT_OF_CACHE // matrix.nbytes, MANY_COPIES))
 
-        def seconds() -> float:
-            return _seconds(lambda: [each.multiply(x) for each in copies])
+        def seconds(original: native.KernelMatrix) -> float:
+            copies = [original, *(original.clone() for _ in range(count - 1))]
+            return _seconds(lambda: [each.multiply(x) for each in copies]) / count
 
-        usual = seconds()
-        for each in copies:
-            each.slice()
-        _timed_sliced[key] = seconds() < MARGIN * usual
+        copied = matrix.clone()
+        if copied.may_list_columns:
+            copied.list_columns()
+        usual = seconds(copied)
+        copied.slice()
+        _timed_sliced[key] = usual, seconds(copied)
     return _timed_sliced[key]
 
 
@@ -98,8 +117,8 @@ def sparse_product(
     matrix = SparseMatrix(x.shape[1], bitmap, values, scales)
     if index is None:
         return matrix.multiply(x)
-    # Slices would be made anew for every product.
-    return multiply(native.KernelMatrix(matrix, index, may_slice=False), x)
+    # What is kept besides would be made anew for every product.
+    return multiply(native.KernelMatrix(matrix, index, fast_decoding=False), x)
 
 
 @sparse_product.register_fake
@@ -158,8 +177,8 @@ def _multiply_dense(matrix: native.KernelMatrix, x: torch.Tensor, dtype: torch.d
 
 # In which type torch is quicker, by kind of matrix, number of tokens, their type and number of threads.
 _timed: dict[tuple[native.Kind, int, torch.dtype, int], torch.dtype | None] = {}
-# Whether slices are, by kind of matrix and number of threads.
-_timed_sliced: dict[tuple[native.Kind, int], bool] = {}
+# What `_seconds_of_one_token` measured, by kind of matrix and number of threads.
+_timed_sliced: dict[tuple[native.Kind, int], tuple[float, float]] = {}
 
 
 def _seconds(function: Callable[[], object], repeats: int = 2) -> float:

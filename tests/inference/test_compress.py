@@ -2,10 +2,13 @@
 """A compressed model predicts, generates, saves and loads as the model it was made of."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -155,26 +158,105 @@ def test_a_bfloat16_model(make_model, values) -> None:
     torch.testing.assert_close(probs, expected, rtol=0, atol=0.02)
 
 
+def _sliced(model: Any) -> list[list[bool]]:
+    """Whether q, k, v, o, gate, up and down of each layer are multiplied by slices when one token is decoded."""
+    plan = next(made.plan for (_, _, few), made in Decoder.of(model)._plans.items() if few)
+    fields = ("query", "key", "value", "output", "gate", "up", "down")
+    depth = model.config.num_backbone_layers + plan.heads * plan.head_depth
+    return [[bool(getattr(plan.layers[i], name).slices) for name in fields] for i in range(depth)]
+
+
 @pytest.mark.parametrize("values", ["bf16", "int8"])
-@pytest.mark.parametrize("dense_layer", [None, "layers.0.self_attn.k_proj"])
+@pytest.mark.parametrize("dense_layer", [None, "layers.0.self_attn.k_proj", "heads.1.layers.1.mlp.up_proj"])
 def test_decoding_by_slices(make_model, monkeypatch, values, dense_layer) -> None:
-    """Their sums are in another order; a layer without them takes them from those that multiply the same input."""
+    """Their sums are in another order; a matrix without them takes them from those that multiply the same input."""
     model = make_model(dtype=torch.bfloat16)
     if dense_layer:
         torch.nn.init.normal_(model.model.get_submodule(dense_layer).weight, std=0.2)
     compressed = compress(model, values)
-    monkeypatch.setattr(products, "quicker_sliced", lambda *_: False)
+    monkeypatch.setattr(products, "quicker_sliced", lambda _: False)
     expected = generate(compressed)
-    monkeypatch.setattr(products, "quicker_sliced", lambda matrix, _: matrix.may_slice)
-    actual = generate(copy.deepcopy(compressed))
+    assert not np.any(_sliced(compressed))
+    monkeypatch.setattr(products, "quicker_sliced", lambda _: True)
+    sliced = copy.deepcopy(compressed)
+    actual = generate(sliced)
     # As far apart as rounding to bfloat16 takes them.
     for a, b in zip(actual.logits[:2], expected.logits[:2], strict=True):
         torch.testing.assert_close(a.float().exp(), b.float().exp(), rtol=0, atol=0.02)
+    unsliced = {
+        None: [],
+        "layers.0.self_attn.k_proj": [(0, 0), (0, 1), (0, 2)],
+        "heads.1.layers.1.mlp.up_proj": [(4, 4), (4, 5)],
+    }
+    assert list(zip(*np.nonzero(~np.array(_sliced(sliced))), strict=True)) == unsliced[dense_layer]
+
+
+def test_slices_of_some_matrices_of_an_input_are_left_alone(make_model, monkeypatch) -> None:
+    compressed = compress(make_model(dtype=torch.bfloat16))
+    monkeypatch.setattr(products, "quicker_sliced", lambda _: False)
+    expected = generate(compressed)
+    partly = copy.deepcopy(compressed)
+    for layer in (*partly.model.layers, *partly.model.heads[2].layers):
+        layer.self_attn.q_proj.kernel.slice()
+    assert_same_generation(generate(partly), expected)
+    assert not np.any(_sliced(partly))
+
+
+def _load_alone(model: Any, other: Any, **kwargs: Any) -> None:
+    """The weights of one linear layer and one norm of another model."""
+    for name in ("heads.1.layers.0.mlp.down_proj", "layers.0.input_layernorm"):
+        model.model.get_submodule(name).load_state_dict(other.model.get_submodule(name).state_dict(), **kwargs)
+
+
+@pytest.mark.usefixtures("kernels_multiply")
+@pytest.mark.parametrize(
+    "change",
+    [
+        _load_alone,
+        lambda model, other: _load_alone(model, other, assign=True),
+        lambda model, other: model.load_state_dict(other.state_dict()),
+        lambda model, _: model.model.layers[0].self_attn.q_proj.values.mul_(2),
+        lambda model, _: model.model.heads[2].layers[1].mlp.gate_proj.scales.mul_(2),
+        lambda model, _: model.model.heads[0].norm.weight.mul_(2),
+        lambda model, _: model.lm_heads[1].values.zero_(),
+    ],
+    ids=["of a submodule", "assigned", "all", "in place", "scales", "a norm", "of an output layer"],
+)
+def test_decoding_follows_weights_that_change(make_model, monkeypatch, change) -> None:
+    monkeypatch.setattr(products, "quicker_sliced", lambda _: True)
+    model = make_model(dtype=torch.bfloat16)
+    # As many weights in every layer, elsewhere.
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.flip(0))
+    compressed, other = compress(model, "int8"), compress(other, "int8")
+    before = generate(compressed)
+    change(compressed, other)
+    found, expected = generate(compressed), generate(copy.deepcopy(compressed))
+    assert_same_generation(found, expected)
+    assert not torch.equal(torch.stack(found.logits), torch.stack(before.logits))
+
+
+def test_threads_that_decode_at_once_for_the_first_time(make_model, monkeypatch) -> None:
+    monkeypatch.setattr(products, "quicker_sliced", lambda _: True)
+    compressed = compress(make_model(dtype=torch.bfloat16, hidden_size=256))
+    expected = generate(copy.deepcopy(compressed)).sequences
+    for _ in range(5):
+        shared, barrier = copy.deepcopy(compressed), threading.Barrier(4)
+
+        def decode(shared: Any = shared, barrier: threading.Barrier = barrier) -> torch.Tensor:
+            barrier.wait()
+            return generate(shared).sequences
+
+        with ThreadPoolExecutor(4) as pool:
+            for found in [pool.submit(decode) for _ in range(4)]:
+                assert torch.equal(found.result(), expected)
 
 
 def test_weights_are_kept_once_on_request(make_model, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(products, "_timed_sliced", {})
-    monkeypatch.setattr(products, "MARGIN", 1e9)
+    monkeypatch.setattr(products, "SLICED_MARGIN", 1e9)
 
     def extra_bytes(model: Any) -> list[int]:
         generate(model)

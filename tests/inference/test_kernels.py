@@ -101,8 +101,8 @@ def test_products_with_bfloat16_activations(values: Values) -> None:
 def test_one_token_by_the_columns_of_few_values(values: Values) -> None:
     matrix = SparseMatrix.from_dense(random_matrix(90, 700, 0.015), values)
     kernel = native.KernelMatrix(matrix)
-    assert kernel.structure.places
-    assert not native.KernelMatrix(SparseMatrix.from_dense(random_matrix(90, 700, 0.2), values)).structure.places
+    kernel.list_columns()
+    assert not native.KernelMatrix(SparseMatrix.from_dense(random_matrix(90, 700, 0.2), values)).may_list_columns
     for dtype in native.ACTIVATIONS:
         x = random_tokens(1, 700).to(dtype)
         expected = (x.double() @ matrix.to_dense().double().T).to(dtype)
@@ -121,11 +121,25 @@ def test_one_or_two_tokens_by_slices(values: Values, threads: int, monkeypatch: 
             before = kernel.extra_bytes
             kernel.slice()
             assert kernel.extra_bytes > before
-            for tokens in (1, 2, 3):
+            for tokens in (3, 1, 2):
                 x = random_tokens(tokens, columns).bfloat16()
                 expected = (x.double() @ dense.T).float()
                 # The result is rounded; int8 values of three tokens take activations as 16 bits of the largest.
                 torch.testing.assert_close(kernel.multiply(x).float(), expected, rtol=2**-8, atol=5e-4)
+                # Fewer are multiplied without what slices replace.
+                kernel.values.zero_()
+
+
+@pytest.mark.usefixtures("_each_instruction_set")
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_slices_of_activations_of_any_magnitude(values: Values) -> None:
+    matrix = SparseMatrix.from_dense(random_matrix(40, 90, 0.2), values)
+    kernel = native.KernelMatrix(matrix)
+    kernel.slice()
+    for scale in (1e-30, 1e35):
+        x = (random_tokens(1, 90) * scale).bfloat16()
+        expected = (x.double() @ matrix.to_dense().double().T).bfloat16()
+        torch.testing.assert_close(kernel.multiply(x), expected, rtol=2**-7, atol=1e-3 * scale)
 
 
 def test_slices_are_kept_where_they_measure_quicker_and_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,22 +152,47 @@ def test_slices_are_kept_where_they_measure_quicker_and_may_be(monkeypatch: pyte
         return bool(copied.structure.slices)
 
     monkeypatch.setattr(products, "_timed_sliced", {})
-    monkeypatch.setattr(products, "MARGIN", 1e9)
+    monkeypatch.setattr(products, "SLICED_MARGIN", 1e9)
     assert sliced()
     assert sliced("int8", tokens=2)
     assert not sliced(tokens=3)
     assert not sliced(dtype=torch.float32)
     assert not sliced("fp32")
     assert not sliced(sparse=False)
-    assert not sliced(may_slice=False)
+    assert not sliced(fast_decoding=False)
     layer = SparseLinear(SparseMatrix.from_dense(random_matrix(40, 90, 0.2), "bf16"))
     layer.prepare()
     with monkeypatch.context() as patch:
         patch.setattr(native.KernelMatrix, "slice", None)  # not for every product of a compiled layer
         torch.compile(layer, backend="eager", fullgraph=True)(random_tokens(1, 90).bfloat16())
-    monkeypatch.setattr(products, "_timed_sliced", {})
-    monkeypatch.setattr(products, "MARGIN", 0)
+    monkeypatch.setattr(products, "SLICED_MARGIN", 0)
     assert not sliced()
+
+
+@pytest.mark.parametrize(("loss", "sliced"), [(1.0, True), (3.0, False)])
+def test_matrices_of_the_same_input_are_sliced_if_that_is_quicker_for_all(
+    loss: float, sliced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = [native.KernelMatrix(SparseMatrix.from_dense(random_matrix(40, 90, d), "bf16")) for d in (0.2, 0.6)]
+    threads = torch.get_num_threads()
+    seconds = {(matrices[0].kind, threads): (3.0, 1.0), (matrices[1].kind, threads): (1.0, 1.0 + loss)}
+    monkeypatch.setattr(products, "_timed_sliced", seconds)
+    products.arrange(matrices, torch.bfloat16)
+    assert [bool(matrix.structure.slices) for matrix in matrices] == [sliced] * 2
+
+
+@pytest.mark.parametrize("fast_decoding", [True, False])
+def test_columns_are_listed_where_few_weights_exist_and_they_may_be(
+    fast_decoding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "SLICED_MARGIN", 0)
+    matrices = [SparseMatrix.from_dense(random_matrix(40, 90, density), "bf16") for density in (0.01, 0.01, 0.2)]
+    few, other, many = (native.KernelMatrix(matrix, fast_decoding=fast_decoding) for matrix in matrices)
+    products.arrange([other, many], torch.bfloat16)
+    products.multiply(few, random_tokens(3, 90))
+    assert not any(matrix.structure.places for matrix in (few, other, many))
+    products.multiply(few, random_tokens(1, 90))
+    assert bool(few.structure.places) == fast_decoding
 
 
 @pytest.mark.parametrize("values", get_args(Values))
@@ -191,7 +230,7 @@ def test_operator_for_compilers(values: Values) -> None:
 def test_what_measures_quicker_multiplies_many_tokens(torch_is_quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_matrix(24, 40, 0.5)
     matrix = native.KernelMatrix(SparseMatrix.from_dense(weight, "fp32"))
-    seconds = iter((1.0, 2.0) if torch_is_quicker else (2.0, 1.0))  # of torch, of the kernels
+    seconds = iter((2.0, 1.0) if torch_is_quicker else (1.0, 2.0))  # of the kernels, of torch
     monkeypatch.setattr(products, "_timed", {})
     monkeypatch.setattr(products, "_seconds", lambda function: next(seconds))
     copies = []

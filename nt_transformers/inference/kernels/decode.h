@@ -171,13 +171,13 @@ template <typename C, typename X> class Decoding {
 
   float* at(Buffer& activations, int64_t index) const { return activations.data() + index * stride_; }
 
-  // The inputs of products with `matrix`, which `fill(stream, index, x)` computes.
-  template <typename Fill>
-  void prepare(const NtMatrix& matrix, int64_t streams, Scratch& scratch, Fill&& fill) {
+  // The inputs of products with `matrix(stream)`, which `fill(stream, index, x)` computes.
+  template <typename Matrix, typename Fill>
+  void prepare(int64_t streams, Scratch& scratch, Matrix&& matrix, Fill&& fill) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < streams * count_; ++i) {
       fill(i / count_, i, scratch.x.data());
-      input_.template set<X>(matrix, count_, i, scratch.x.data());
+      input_.template set<X>(matrix(i / count_), count_, i, scratch.x.data());
     }
   }
 
@@ -190,38 +190,38 @@ template <typename C, typename X> class Decoding {
 
   // A layer of each stream: number `slot` of the plan for the first one, `apart` further on for each other.
   void layer(int64_t streams, int64_t slot, int64_t apart, Scratch& scratch) {
-    const NtLayer* layers = p_.layers + slot;
+    const auto at_stream = [&](int64_t s) -> const NtLayer& { return p_.layers[slot + s * apart]; };
     const auto set = [](float& out, float value) { out = value; };
     const auto add = [](float& out, float value) { out += value; };
     const auto norm = [&](const float* weight, int64_t i, float* x) {
       normalize(at(hidden_, i), weight, p_.hidden, p_.epsilon, x);
     };
-    prepare(layers->query, streams, scratch,
-            [&](int64_t s, int64_t i, float* x) { norm(layers[s * apart].attention_norm, i, x); });
+    prepare(streams, scratch, [&](int64_t s) -> const auto& { return at_stream(s).query; },
+            [&](int64_t s, int64_t i, float* x) { norm(at_stream(s).attention_norm, i, x); });
     for (int64_t s = 0; s < streams; ++s) {
-      multiply(layers[s * apart].query, s, query_, set);
-      multiply(layers[s * apart].key, s, key_, set);
-      multiply(layers[s * apart].value, s, value_, set);
+      multiply(at_stream(s).query, s, query_, set);
+      multiply(at_stream(s).key, s, key_, set);
+      multiply(at_stream(s).value, s, value_, set);
     }
 #pragma omp barrier
 #pragma omp for collapse(3) schedule(static)
     for (int64_t s = 0; s < streams; ++s)
       for (int64_t text = 0; text < t_.texts; ++text)
         for (int64_t head = 0; head < p_.key_value_heads; ++head) attention(slot + s * apart, s, text, head, scratch);
-    prepare(layers->output, streams, scratch,
+    prepare(streams, scratch, [&](int64_t s) -> const auto& { return at_stream(s).output; },
             [&](int64_t, int64_t i, float* x) { std::memcpy(x, at(query_, i), sizeof(float) * inner_); });
-    for (int64_t s = 0; s < streams; ++s) multiply(layers[s * apart].output, s, hidden_, add);
+    for (int64_t s = 0; s < streams; ++s) multiply(at_stream(s).output, s, hidden_, add);
 #pragma omp barrier
-    prepare(layers->gate, streams, scratch,
-            [&](int64_t s, int64_t i, float* x) { norm(layers[s * apart].mlp_norm, i, x); });
+    prepare(streams, scratch, [&](int64_t s) -> const auto& { return at_stream(s).gate; },
+            [&](int64_t s, int64_t i, float* x) { norm(at_stream(s).mlp_norm, i, x); });
     for (int64_t s = 0; s < streams; ++s) {
-      multiply(layers[s * apart].gate, s, gate_, set);
-      multiply(layers[s * apart].up, s, up_, set);
+      multiply(at_stream(s).gate, s, gate_, set);
+      multiply(at_stream(s).up, s, up_, set);
     }
 #pragma omp barrier
-    prepare(layers->down, streams, scratch,
+    prepare(streams, scratch, [&](int64_t s) -> const auto& { return at_stream(s).down; },
             [&](int64_t, int64_t i, float* x) { swiglu(at(gate_, i), at(up_, i), p_.intermediate, x); });
-    for (int64_t s = 0; s < streams; ++s) multiply(layers[s * apart].down, s, hidden_, add);
+    for (int64_t s = 0; s < streams; ++s) multiply(at_stream(s).down, s, hidden_, add);
 #pragma omp barrier
   }
 
