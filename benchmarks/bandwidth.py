@@ -42,9 +42,12 @@ extern "C" float multiply_all(const NtMatrix* const* matrices, int64_t count, in
   for (int64_t i = 0; i < count; ++i) widest = std::max(widest, matrices[i]->columns);
   Input input(widest, 1);
   float total = 0;
+  const auto differ = [](const NtMatrix& a, const NtMatrix& b) {
+    return a.columns != b.columns || !a.slices != !b.slices || !a.places != !b.places;
+  };
 #pragma omp parallel reduction(+ : total)
   for (int64_t i = 0; i < count; ++i) {
-    if (i == 0 || matrices[i]->columns != matrices[i - 1]->columns) {
+    if (i == 0 || differ(*matrices[i], *matrices[i - 1])) {
 #pragma omp barrier
 #pragma omp single
       input.set<BFloat16>(*matrices[i], 1, 0, x.data());

@@ -25,12 +25,14 @@ DENSITIES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.3, 0.5)
 VALUES: tuple[Values, ...] = ("bf16", "int8")
 
 
-def products(matrices: list[SparseMatrix], below: float, *, slices: bool = False) -> Callable[[], object]:
-    """A function that multiplies a token with each of the matrices, by slices or by the columns below this density."""
-    native.places_below = lambda values: below
+def products(
+    matrices: list[SparseMatrix], way: Callable[[native.KernelMatrix], None] | None = None
+) -> Callable[[], object]:
+    """A function that multiplies a token with each of the matrices: the usual way, by their columns or by slices."""
     kernels = [native.KernelMatrix(matrix) for matrix in matrices]
-    for kernel in kernels if slices else ():
-        kernel.slice()
+    for kernel in kernels:
+        if way:
+            way(kernel)
     x = torch.randn(1, COLUMNS).bfloat16()
     return lambda: [kernel.multiply(x) for kernel in kernels]
 
@@ -39,15 +41,16 @@ def main() -> None:
     """Time all three for every density and type, in turn, and report."""
     args = parse_args(argparse.ArgumentParser(description=__doc__.partition("\n")[0]))
     torch.manual_seed(0)
+    native.places_below = lambda values: 1  # any density may go by the columns
     figures = {}
     for values in VALUES:
         for density in DENSITIES:
             weights = [torch.randn(ROWS, COLUMNS) * (torch.rand(ROWS, COLUMNS) < density) for _ in range(MATRICES)]
             matrices = [SparseMatrix.from_dense(weight, values) for weight in weights]
             ways = {
-                "bitmap": products(matrices, 0),
-                "columns": products(matrices, 1),
-                "slices": products(matrices, 0, slices=True),
+                "bitmap": products(matrices),
+                "columns": products(matrices, native.KernelMatrix.list_columns),
+                "slices": products(matrices, native.KernelMatrix.slice),
             }
             seconds = time_interleaved(ways, rounds=5 if args.quick else 31)
             for way in ("columns", "slices"):

@@ -22,7 +22,7 @@ from harness import SIZES, parse_args, report, time_interleaved
 from transformers import AutoModelForCausalLM
 
 from nt_transformers import NeuroTrailsLlamaConfig, NeuroTrailsLlamaForCausalLM
-from nt_transformers.inference import compress
+from nt_transformers.inference import compress, products
 from nt_transformers.inference.matrix import Values
 
 
@@ -45,6 +45,7 @@ def save_models(folder: Path, size: str) -> None:
 
 def loader(folder: Path, first_token: bool) -> Callable[[], None]:
     def load() -> None:
+        products._timed_sliced.clear()  # as in a new process
         model = AutoModelForCausalLM.from_pretrained(folder)
         if first_token:
             with torch.inference_mode():

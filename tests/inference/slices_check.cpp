@@ -40,7 +40,7 @@ template <typename V, int Bits> void check(int64_t rows, int64_t columns, double
   NtMatrix a{};
   a.rows = rows, a.columns = columns, a.bitmap = bitmap.data(), a.values = values.data(), a.starts = starts.data();
   a.type = std::is_same_v<V, int8_t> ? kInt8 : kBFloat16, a.slice_bits = Bits, a.slice_chunks = chunks_of(rows, threads);
-  const std::vector<int64_t> slice_starts = measure_slices(a, Bits);
+  const std::vector<int64_t> slice_starts = measure_slices(a);
   a.slice_starts = slice_starts.data();
   const int64_t step = a.slice_chunks * kChunk, blocks = slice_starts.size() - 1;
   Buffer slices(slice_starts[blocks] / sizeof(float)), planes(plane_bytes(columns) / sizeof(float));

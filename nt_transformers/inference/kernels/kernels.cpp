@@ -33,12 +33,12 @@ void nt_sum_rows(const int8_t* values, const int64_t* starts, int64_t rows, int6
 int64_t nt_measure_slices(NtMatrix* a, int64_t* starts, int32_t threads) {
   omp_set_num_threads(threads);
   a->slice_chunks = chunks_of(a->rows, threads);
-  a->slice_bits = 8;
-  std::vector<int64_t> best = measure_slices(*a, 8);
-  if (a->type == kBFloat16)
-    if (auto shorter = measure_slices(*a, 4); shorter.back() < best.back()) a->slice_bits = 4, best.swap(shorter);
-  std::copy(best.begin(), best.end(), starts);
-  return best.back();
+  // Below this density, distances of more than 15 columns take more memory than whole columns save.
+  const bool dense = a->starts[a->rows] >= 0.1 * a->rows * a->columns;
+  a->slice_bits = dense && a->type == kBFloat16 ? 4 : 8;
+  const std::vector<int64_t> measured = measure_slices(*a);
+  std::copy(measured.begin(), measured.end(), starts);
+  return measured.back();
 }
 
 // Writes the slices to `out`, as `a->slice_starts`, `slice_chunks` and `slice_bits` were measured.

@@ -5,9 +5,9 @@
 // The layout is SELL-C-sigma (Kreutzer et al. 2014, arXiv:1307.6209) within blocks. A block is the weights of up to 256
 // rows and of so many columns as the processor's byte shuffles can look up in registers, where the columns' activations
 // stay while the block is read. Its rows are sorted by their number of weights and taken a chunk at a time, one row to a
-// lane; a step holds the next weight of each row of a chunk: its column, a byte, or the distance from the one before,
-// half a byte (of bfloat16 values, where that takes less memory in all); and its value. Rows of a chunk that have fewer weights than its
-// longest are filled up with zeros, a tenth at a density of 0.2.
+// lane; a step holds the next weight of each row of a chunk: its value, and its column, a byte, or the distance from
+// the one before, half a byte, which takes less memory unless few weights exist. Rows of a chunk that have fewer weights
+// than its longest are filled up with zeros, a tenth at a density of 0.2.
 //
 // A step takes the same time whatever the density is, and looks up as many weights as there are lanes; products by the
 // bitmap take the same time for each 32 columns instead, however few weights there are.
@@ -260,11 +260,19 @@ template <int Bits, typename Take> void each_entry(const NtWord* bits, int64_t w
 }
 
 template <int Bits> int64_t count_entries(const NtWord* bits, int64_t words) {
-  int64_t count = 0;
-  if constexpr (Bits == 8)
-    for (int64_t word = 0; word < words; ++word) count += __builtin_popcount(bits[word]);
-  else
-    each_entry<Bits>(bits, words, [&](int64_t, bool) { ++count; });
+  int64_t count = 0, before = 0;
+  for (int64_t word = 0; word < words; ++word) {
+    const uint32_t own = bits[word];
+    count += __builtin_popcount(own);
+    if (Bits == 8 || own == 0) continue;
+    const int64_t first = __builtin_ctz(own), last = kBits - 1 - __builtin_clz(own);
+    count += (std::max<int64_t>(word * kBits + first - before, 1) - 1) / 15;
+    before = word * kBits + last;
+    // Between two of its weights a word has room for one longer distance, of two entries, or if it is 31 of three.
+    uint32_t zeros = ~own >> first & ((1u << (last - first)) - 1);
+    for (const int more : {1, 2, 4, 7}) zeros &= zeros >> more;
+    count += (zeros != 0) + (own == 0x80000001u);
+  }
   return count;
 }
 
@@ -338,23 +346,23 @@ template <typename Take> void each_block(const NtMatrix& a, Take&& take) {
     take(first / step, first, std::min(a.slice_chunks, (a.rows - first + kChunk - 1) / kChunk));
 }
 
-// Calls `function` with a value of the type of the values, and with `bits`, those of a column, as a constant.
-template <typename F> void with_slices(const NtMatrix& a, int32_t bits, F&& function) {
+// Calls `function` with a value of the type of the values, and with the bits of a column as a constant.
+template <typename F> void with_slices(const NtMatrix& a, F&& function) {
   if (a.type == kInt8)
     function(int8_t{}, std::integral_constant<int, 8>{});  // distances would take more instructions, not less time
-  else if (bits == 8)
+  else if (a.slice_bits == 8)
     function(BFloat16{}, std::integral_constant<int, 8>{});
   else
     function(BFloat16{}, std::integral_constant<int, 4>{});
 }
 
-// Where blocks of rows begin, and the last one ends, if columns take so many bits.
-inline std::vector<int64_t> measure_slices(const NtMatrix& a, int32_t bits) {
+// Where blocks of rows begin, and the last one ends.
+inline std::vector<int64_t> measure_slices(const NtMatrix& a) {
   const int64_t step = a.slice_chunks * kChunk;
   std::vector<int64_t> starts((a.rows + step - 1) / step + 1);
-  with_slices(a, bits, [&](auto value, auto own_bits) {
+  with_slices(a, [&](auto value, auto bits) {
     each_block(a, [&](int64_t block, int64_t first, int64_t chunks) {
-      starts[block + 1] = slice_rows<decltype(value), own_bits>(a, first, chunks, nullptr);
+      starts[block + 1] = slice_rows<decltype(value), bits>(a, first, chunks, nullptr);
     });
   });
   for (size_t block = 1; block < starts.size(); ++block) starts[block] += starts[block - 1];
@@ -362,7 +370,7 @@ inline std::vector<int64_t> measure_slices(const NtMatrix& a, int32_t bits) {
 }
 
 inline void write_slices(const NtMatrix& a, uint8_t* out) {
-  with_slices(a, a.slice_bits, [&](auto value, auto bits) {
+  with_slices(a, [&](auto value, auto bits) {
     each_block(a, [&](int64_t block, int64_t first, int64_t chunks) {
       slice_rows<decltype(value), bits>(a, first, chunks, out + a.slice_starts[block]);
     });

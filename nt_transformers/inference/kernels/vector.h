@@ -554,7 +554,7 @@ void each_sliced_row(const NtMatrix& a, const Tokens& x, int64_t tokens, Take&& 
 template <typename X, typename Take>
 void each_row(const NtMatrix& a, const Input& x, int64_t first_token, int64_t tokens, Take&& take) {
   if (by_slices<X>(a, tokens))
-    return with_slices(a, a.slice_bits, [&](auto value, auto bits) {
+    return with_slices(a, [&](auto value, auto bits) {
       each_sliced_row<decltype(value), bits>(a, x.from(first_token), tokens, take);
     });
   with_type(a.type, [&](auto type) {
