@@ -7,6 +7,7 @@ NeuroTrails of LLaMA-130M, random weights in bfloat16, density 0.2. Files are ma
 reads little of a dense file, the first token all of it. So both are timed: `from_pretrained` alone (`load`), and with
 one token after it (`first_token`); from files that the system holds in its cache (`warm`), and from the disk (`cold`,
 Linux only). Each figure is the time of the dense checkpoint over that of the compressed one: above 1 is quicker.
+`bf16_once` is bf16 without `fast_decoding`, whose first token makes no slices.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from nt_transformers.inference.matrix import Values
 
 
 DENSITY = 0.2
-VALUES: tuple[Values, ...] = ("bf16", "int8")
+# Type of the values, and whether the model decodes fast.
+COMPRESSED: dict[str, tuple[Values, bool]] = {
+    "bf16": ("bf16", True),
+    "bf16_once": ("bf16", False),
+    "int8": ("int8", True),
+}
 
 
 def save_models(folder: Path, size: str) -> None:
@@ -39,8 +45,9 @@ def save_models(folder: Path, size: str) -> None:
             if isinstance(module, torch.nn.Linear):
                 module.weight.mul_(torch.rand(module.weight.shape) < DENSITY)
     model.save_pretrained(folder / "dense")
-    for values in VALUES:
-        compress(AutoModelForCausalLM.from_pretrained(folder / "dense"), values).save_pretrained(folder / values)
+    for name, (values, fast_decoding) in COMPRESSED.items():
+        dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+        compress(dense, values, fast_decoding=fast_decoding).save_pretrained(folder / name)
 
 
 def loader(folder: Path, first_token: bool) -> Callable[[], None]:
@@ -74,11 +81,11 @@ def main() -> None:
         for cache in ("warm", "cold") if hasattr(os, "posix_fadvise") else ("warm",):
             for what in ("load", "first_token"):
                 seconds = time_interleaved(
-                    {name: loader(folder / name, what == "first_token") for name in ("dense", *VALUES)},
+                    {name: loader(folder / name, what == "first_token") for name in ("dense", *COMPRESSED)},
                     rounds=5 if args.quick else 11,
                     setup=(lambda: drop_from_cache(folder)) if cache == "cold" else None,
                 )
-                figures |= {f"{what}_{cache}_{values}": seconds["dense"] / seconds[values] for values in VALUES}
+                figures |= {f"{what}_{cache}_{name}": seconds["dense"] / seconds[name] for name in COMPRESSED}
     report(figures, args)
 
 

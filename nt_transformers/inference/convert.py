@@ -41,11 +41,17 @@ def load_checkpoint(source: str) -> PreTrainedModel:
 
 
 def convert(
-    source: str, target: str, values: Values = "bf16", *, dense: bool = False, output_layers: bool = True
+    source: str,
+    target: str,
+    values: Values = "bf16",
+    *,
+    dense: bool = False,
+    output_layers: bool = True,
+    fast_decoding: bool = True,
 ) -> None:
     """Reads the checkpoint `source` (folder or hub id) and writes `target`, compressed, or dense if so asked.
 
-    Its tokenizer or image processor comes along.
+    Its tokenizer or image processor comes along. `values`, `output_layers`, `fast_decoding`: see `compress`.
 
     Raises:
         ValueError: `target` exists, `source` cannot be loaded, or it is compressed (dense) already.
@@ -58,7 +64,7 @@ def convert(
     except (OSError, SafetensorError) as error:
         raise ValueError(f"source={source!r} cannot be loaded: {error}") from error
     if not dense:
-        compress(model, values, output_layers=output_layers)
+        compress(model, values, output_layers=output_layers, fast_decoding=fast_decoding)
     elif getattr(model, "hf_quantizer", None) is None:
         raise ValueError(f"source={source!r}: it is not compressed, so there is nothing to make dense.")
     else:
@@ -92,9 +98,10 @@ def main() -> None:
     parser.add_argument("--values", choices=get_args(Values), help="type of the stored weights (bf16)")
     parser.add_argument("--dense", action="store_true", help="make a compressed checkpoint dense again")
     parser.add_argument("--keep_output_layers", action="store_true", help="leave the output layers as they are")
+    parser.add_argument("--weights_once", action="store_true", help="less memory, slower decoding: no `fast_decoding`")
     args = parser.parse_args()
-    if args.dense and (args.values or args.keep_output_layers):
-        parser.error("--dense keeps every weight as it is: leave --values and --keep_output_layers out")
+    if args.dense and (args.values or args.keep_output_layers or args.weights_once):
+        parser.error("--dense keeps every weight as it is: leave --values and the options of compressing out")
     try:
         convert(
             args.source,
@@ -102,6 +109,7 @@ def main() -> None:
             args.values or "bf16",
             dense=args.dense,
             output_layers=not args.keep_output_layers,
+            fast_decoding=not args.weights_once,
         )
     except ValueError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")

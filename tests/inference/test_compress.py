@@ -550,12 +550,13 @@ def test_converting_a_checkpoint_of_images_and_one_without_a_tokenizer(make_mode
     assert AutoImageProcessor.from_pretrained(tmp_path / "small").size == {"height": 32, "width": 32}
     assert "no tokenizer" not in caplog.text
     make_model().save_pretrained(tmp_path / "model")
-    convert(str(tmp_path / "model"), str(tmp_path / "small_model"))
+    convert(str(tmp_path / "model"), str(tmp_path / "small_model"), fast_decoding=False)
     assert "has no tokenizer or image processor, so none is written" in caplog.text
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small_model").lm_heads[0].values.dtype == torch.bfloat16
+    layer = AutoModelForCausalLM.from_pretrained(tmp_path / "small_model").lm_heads[0]
+    assert (layer.values.dtype, layer.fast_decoding) == (torch.bfloat16, False)
 
 
-@pytest.mark.parametrize("option", [["--values", "fp32"], ["--keep_output_layers"]])
+@pytest.mark.parametrize("option", [["--values", "fp32"], ["--keep_output_layers"], ["--weights_once"]])
 def test_options_that_a_dense_checkpoint_has_no_use_for(monkeypatch, capsys, option) -> None:
     monkeypatch.setattr("sys.argv", ["convert", "in", "out", "--dense", *option])
     with pytest.raises(SystemExit):

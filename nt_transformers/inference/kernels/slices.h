@@ -237,9 +237,9 @@ inline __attribute__((always_inline)) const uint8_t* add_block(const uint8_t* bl
   return block;
 }
 
-// The chunks of blocks: enough blocks for every thread to have some.
+// The chunks of blocks: enough blocks for every thread to have some, of rows enough to be sorted.
 inline int64_t chunks_of(int64_t rows, int64_t threads) {
-  return std::clamp<int64_t>(rows / (2 * threads * kChunk), 1, kBlockRows / kChunk);
+  return std::clamp<int64_t>(rows / (2 * threads * kChunk), 2, kBlockRows / kChunk);
 }
 
 // Calls `take(column, exists)` with the entries of a row, whose words of a block are `bits`: each weight's column, or of
