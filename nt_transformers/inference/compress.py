@@ -117,8 +117,8 @@ def compress(
             never are.
         fast_decoding: Whether weights may be kept a second time, from the first token that is decoded on, in an
             arrangement by which one token is multiplied more quickly: by slices, in bfloat16 models where they measure
-            quicker (1.1 times the bytes of the compressed weights for bf16 at a density of 0.2, 1.4 times for int8), or
-            by listed columns, where few weights exist.
+            quicker (1.1 times the bytes of the compressed weights for bf16 at a density of 0.2, 1.4 times for int8),
+            or by listed columns, where few weights exist.
 
     Raises:
         ValueError: unknown `values` or `fast_decoding`, a model that is not on the CPU, has no linear layers or is
