@@ -72,6 +72,7 @@ class KernelMatrix:
 
     Attributes:
         state: `state_of` the matrix's parts, as they were then.
+        arranged_for: Types of activations for which it was decided how one or two tokens are multiplied.
 
     Raises:
         ValueError: the parts of the matrix do not belong together (checked unless `index` is given).
@@ -89,6 +90,7 @@ class KernelMatrix:
         self._memory = (bitmap, self.values, self.index[0], scales, sums)
         # What is kept besides, by its name in `structure`.
         self._extra: dict[str, torch.Tensor] = {}
+        self.arranged_for: set[torch.dtype] = set()
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, None, None, None, 0, 0, _TYPES[matrix.values.dtype])
         self.state = state_of(matrix.parts())

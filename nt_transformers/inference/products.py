@@ -31,8 +31,9 @@ def multiply(matrix: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
     Either by the sparse kernels or by torch on a dense copy, which lives as long as the product. What is quicker is
     measured once in a process for each shape, density (to 0.1), types and number of tokens (to a power of 2).
     """
-    if len(x) <= FEW_TOKENS:
+    if len(x) <= FEW_TOKENS and x.dtype not in matrix.arranged_for:
         arrange([matrix], x.dtype)
+        matrix.arranged_for.add(x.dtype)
     dense = quicker_dense(matrix, len(x), x.dtype)
     return matrix.multiply(x) if dense is None else _multiply_dense(matrix, x, dense)
 
