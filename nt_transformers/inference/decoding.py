@@ -134,28 +134,33 @@ class _Tokens(ctypes.Structure):
     )
 
 
+class _Sources:
+    """All tensors of some modules, of which a plan is made."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        owners: list[dict[str, Any]] = [tensors for each in modules for tensors in (each._parameters, each._buffers)]
+        self._names = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
+        tensors = self._tensors()
+        # Kept, so that those which replace them come to lie elsewhere.
+        self._kept = [tensor.detach() for tensor in tensors]
+        self._state = native.state_of(tensors)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for owner, name in self._names if (tensor := owner.get(name)) is not None]
+
+    @property
+    def have_changed(self) -> bool:
+        """Whether one of the tensors has changed, or been replaced, since."""
+        return native.state_of(self._tensors()) != self._state
+
+
 @dataclass(frozen=True)
 class _Made:
-    """A plan, the memory that it points to, and the tensors of modules that it was made of."""
+    """A plan, the memory that it points to, and what it was made of."""
 
     plan: _Plan
     memory: list[Any]
-    sources: list[tuple[dict[str, torch.Tensor | None], str]]
-    state: object
-
-    @classmethod
-    def of(cls, plan: _Plan, memory: list[Any], modules: Sequence[nn.Module]) -> _Made:
-        """Of all tensors of these modules."""
-        owners: list[Any] = [tensors for each in modules for tensors in (each._parameters, each._buffers)]
-        sources = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
-        tensors = [owner[name].detach() for owner, name in sources]
-        # Kept, so that no other tensor comes to lie where one of them was.
-        return cls(plan, [*memory, *tensors], sources, native.state_of(tensors))
-
-    @property
-    def outdated(self) -> bool:
-        """Whether one of the tensors has changed, or been replaced, since."""
-        return native.state_of([cast(torch.Tensor, owner[name]) for owner, name in self.sources]) != self.state
+    sources: _Sources
 
 
 class Decoder:
@@ -387,15 +392,21 @@ class Decoder:
     def _plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Made:
         """The plan of these layers, for one or two tokens or for more."""
         key = backbone, tuple(heads), few
-        if key not in self._plans or self._plans[key].outdated:
-            self._plans[key] = self._make_plan(backbone, heads, few)
-        return self._plans[key]
+        made = self._plans.get(key)
+        if made is not None and made.sources.have_changed:
+            # Others hold the weights as they were.
+            self._plans, self._quicker, made = {}, {}, None
+        if made is None:
+            made = self._plans[key] = self._make_plan(backbone, heads, few)
+        return made
 
     def _make_plan(self, backbone: bool, heads: Sequence[int], few: bool) -> _Made:
         config = self.model.config
         layers: list[Any] = self._modules(backbone, heads)
         # A backbone by itself is one stream without a final norm.
         final = [cast(Any, self.model.heads[m]).norm for m in heads]
+        # Before anything is computed of them.
+        sources = _Sources([*(module for layer in layers for module in layer.modules()), *final])
         matrices = [_matrices(layer) for layer in layers]
         if few:
             for names, own in itertools.product(_SAME_INPUT, matrices):
@@ -417,8 +428,7 @@ class Decoder:
             config.head_dim**-0.5,
             self.model.dtype == torch.bfloat16,
         )
-        modules = [*(module for layer in layers for module in layer.modules()), *final]
-        return _Made.of(plan, [matrices, norms, final_norms], modules)
+        return _Made(plan, [matrices, norms, final_norms], sources)
 
 
 # The matrices of a layer that multiply the same input.

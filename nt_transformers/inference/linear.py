@@ -63,9 +63,9 @@ class SparseLinear(nn.Module):
     @property
     def kernel(self) -> native.KernelMatrix:
         """The weight as the kernels read it, which have to be available."""
-        self.prepare()
-        assert self._kernel is not None
-        return self._kernel
+        kernel = self.prepare()
+        assert kernel is not None
+        return kernel
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # What `.to()`, `.half()` and their like go through; the kernels point to the weight as it is.
@@ -75,36 +75,41 @@ class SparseLinear(nn.Module):
         for name, part in stored.items():
             if part is not None and cast(torch.Tensor, self._buffers[name]).dtype != part.dtype:
                 self._buffers[name] = part
-        self._forget_outdated()
+        if self._kernel is not None and self._kernel.state != native.state_of(self.parts()):
+            self._forget_kernel()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._kernel, self._prepared = None, False
+        self._forget_kernel()
 
-    def _forget_outdated(self) -> None:
-        """Has the weight prepared anew if it has changed since."""
-        if self._kernel is not None and self._kernel.state != native.state_of(self.parts()):
-            self._kernel, self._prepared = None, False
+    def _forget_kernel(self) -> None:
+        self._kernel, self._prepared = None, False
 
     def parts(self) -> list[torch.Tensor]:
         """Of the weight: see `SparseMatrix`."""
         return [part for name in PARTS if (part := self._buffers[name]) is not None]
 
-    def prepare(self) -> None:
+    def prepare(self) -> native.KernelMatrix | None:
         """Checks the weight and hands it to the kernels, once and after changes; done by itself before products.
+
+        Compiled layers take changes in place only after it has been called.
+
+        Returns:
+            The weight as the kernels read it; None where there are none.
 
         Raises:
             ValueError: the parts of the weight do not belong together: the file was damaged.
         """
-        self._forget_outdated()
-        if self._prepared:
-            return
+        kernel = self._kernel  # read once: other threads may prepare the layer as well
+        if self._prepared and (kernel is None or kernel.state == native.state_of(self.parts())):
+            return kernel
         if native.available():
-            self._kernel = native.KernelMatrix(self.matrix, fast_decoding=self.fast_decoding)
+            kernel = native.KernelMatrix(self.matrix, fast_decoding=self.fast_decoding)
         else:
             self.matrix.check()
-        self._prepared = True
+        self._kernel, self._prepared = kernel, True
+        return kernel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -114,10 +119,12 @@ class SparseLinear(nn.Module):
             index = None if self._kernel is None else self._kernel.index
             y = sparse_product(flat, self.out_features, self.values, self.bitmap, self.scales, index)
         else:
-            self.prepare()
+            kernel = self.prepare()
             # The kernels know no gradients.
-            usual = self._kernel is None or (flat.requires_grad and torch.is_grad_enabled())
-            y = self.matrix.multiply(flat) if usual else multiply(self.kernel, flat)
+            if kernel is None or (flat.requires_grad and torch.is_grad_enabled()):
+                y = self.matrix.multiply(flat)
+            else:
+                y = multiply(kernel, flat)
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

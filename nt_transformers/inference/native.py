@@ -79,12 +79,15 @@ class KernelMatrix:
     """
 
     def __init__(self, matrix: SparseMatrix, index: torch.Tensor | None = None, *, fast_decoding: bool = True) -> None:
+        # Before anything is computed of them.
+        self.state = state_of(matrix.parts())
         self._matrix = matrix
         self._kernels = kernels()
         self.fast_decoding = fast_decoding
-        self.values = matrix.values.contiguous()
+        # Other tensors than those of the layer, which may be given other memory.
+        self.values = matrix.values.detach().contiguous()
         self.index = self._build_index(matrix.check()) if index is None else index
-        bitmap = None if matrix.bitmap is None else matrix.bitmap.contiguous()
+        bitmap = None if matrix.bitmap is None else matrix.bitmap.detach().contiguous()
         scales = None if matrix.scales is None else matrix.scales.float()
         sums = self.index[1] if len(self.index) > 1 else None
         self._memory = (bitmap, self.values, self.index[0], scales, sums)
@@ -93,7 +96,6 @@ class KernelMatrix:
         self.arranged_for: set[torch.dtype] = set()
         pointers = (None if part is None else part.data_ptr() for part in self._memory)
         self.structure = Matrix(*matrix.shape, *pointers, None, None, None, 0, 0, _TYPES[matrix.values.dtype])
-        self.state = state_of(matrix.parts())
 
     def _build_index(self, counts: torch.Tensor) -> torch.Tensor:
         """What `index` is, from the number of values in each row."""
@@ -116,6 +118,10 @@ class KernelMatrix:
         clone._keep(self.structure, **{name: part.clone() for name, part in self._extra.items()})
         return clone
 
+    def without_extra(self) -> KernelMatrix:
+        """The same matrix, in the same memory, without what is kept besides."""
+        return KernelMatrix(self._matrix, self.index, fast_decoding=self.fast_decoding)
+
     def _keep(self, layout: Matrix, **extra: torch.Tensor) -> None:
         """Keeps more than the matrix, slices as `layout` describes them."""
         # Never in place, and nothing is ever freed: plans, and products in other threads, point to it.
@@ -123,7 +129,7 @@ class KernelMatrix:
         structure.slice_chunks, structure.slice_bits = layout.slice_chunks, layout.slice_bits
         for name, part in extra.items():
             setattr(structure, name, part.data_ptr())
-        self._extra |= extra
+        self._extra = self._extra | extra
         self.structure = structure
 
     @property
@@ -296,10 +302,11 @@ def places_below(values: torch.dtype) -> float:
 
 def state_of(tensors: Sequence[torch.Tensor]) -> object:
     """Differs once one of these tensors has changed or lies elsewhere, as after sharing it with another process."""
+    changes: list[int | None]
     try:
         changes = [each._version for each in tensors]
     except RuntimeError:  # those made in inference mode do not count theirs
-        changes = []
+        changes = [None if each.is_inference() else each._version for each in tensors]
     return [each.data_ptr() for each in tensors], changes
 
 

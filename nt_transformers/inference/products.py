@@ -89,7 +89,7 @@ def _seconds_of_one_token(matrix: native.KernelMatrix) -> tuple[float, float]:
             copies = [original, *(original.clone() for _ in range(count - 1))]
             return _seconds(lambda: [each.multiply(x) for each in copies]) / count
 
-        copied = matrix.clone()
+        copied = matrix.without_extra()
         if copied.may_list_columns:
             copied.list_columns()
         usual = seconds(copied)

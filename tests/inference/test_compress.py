@@ -238,6 +238,27 @@ def test_decoding_follows_weights_that_change(make_model, monkeypatch, change) -
     assert not torch.equal(torch.stack(found.logits), torch.stack(before.logits))
 
 
+@pytest.mark.usefixtures("kernels_multiply")
+def test_plans_are_kept_until_weights_change(make_model) -> None:
+    """Weights made in inference mode, which do not count their changes, included."""
+    compressed = compress(make_model())
+    layer = compressed.model.layers[0].self_attn.q_proj
+    with torch.inference_mode():
+        layer.values = layer.values.clone()
+    generate(compressed)
+    decoder = Decoder.of(compressed)
+    plans = dict(decoder._plans)
+    generate(compressed)
+    assert decoder._plans == plans
+    assert len(plans) == 2  # of the prompt and of a token
+    compressed.model.heads[1].norm.weight.mul_(2)
+    with torch.no_grad():
+        found = compressed(TOKENS[:1, :1]).logits
+        expected = copy.deepcopy(compressed)(TOKENS[:1, :1]).logits
+    assert torch.equal(found, expected)
+    assert len(decoder._plans) == 1  # the other one would keep the old weights
+
+
 def test_threads_that_decode_at_once_for_the_first_time(make_model, monkeypatch) -> None:
     monkeypatch.setattr(products, "quicker_sliced", lambda _: True)
     compressed = compress(make_model(dtype=torch.bfloat16, hidden_size=256))

@@ -169,6 +169,24 @@ def test_slices_are_kept_where_they_measure_quicker_and_may_be(monkeypatch: pyte
     assert not sliced()
 
 
+def test_slices_are_compared_with_products_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a matrix that has some, of another number of threads."""
+    kernel = native.KernelMatrix(SparseMatrix.from_dense(random_matrix(40, 90, 0.2), "bf16"))
+    kernel.slice()
+    timed = []
+    usual_multiply = native.KernelMatrix.multiply
+
+    def multiply(self: native.KernelMatrix, x: torch.Tensor) -> torch.Tensor:
+        timed.append(bool(self.structure.slices))
+        return usual_multiply(self, x)
+
+    monkeypatch.setattr(products, "_timed_sliced", {})
+    monkeypatch.setattr(native.KernelMatrix, "multiply", multiply)
+    products.quicker_sliced([kernel])
+    half = len(timed) // 2
+    assert timed == [False] * half + [True] * half
+
+
 @pytest.mark.parametrize(("loss", "sliced"), [(1.0, True), (3.0, False)])
 def test_matrices_of_the_same_input_are_sliced_if_that_is_quicker_for_all(
     loss: float, sliced: bool, monkeypatch: pytest.MonkeyPatch
